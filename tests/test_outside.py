@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from support import call
 
 from cutlayer import Comparison, Run, plugins
@@ -135,6 +136,14 @@ def test_variants_take_objects_too(place: Path) -> None:
     plan = Comparison(algorithms=(), seeds=(0,), variant=variant).plan
     assert [plan[v][0].specific["order"] for v in variant] == ["random", "fixed"]
     assert [plan[v][0].specific["phi"] for v in variant] == [0.25, 0.5]
+
+
+def test_an_object_takes_only_options_of_its_own(place: Path) -> None:
+    words = plugins.load("algorithm", "own.py:Words")
+    with pytest.raises(ValidationError, match="phii"):
+        words(phii=0.5)
+    with pytest.raises(ConfigError, match="unknown option 'phii': did you mean 'phi'"):
+        words.of({"phii": 0.5})
 
 
 def test_what_is_not_complete_is_found_before_anything_is_written(place: Path) -> None:
