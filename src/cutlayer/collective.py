@@ -105,27 +105,40 @@ class World:
 
     def total(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks. All tensors of a type are sent as one message."""
+        self.totalling(tensors)()
+
+    def totalling(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin what `total` does. The returned function, called once, waits for the sums and puts them in place."""
         import torch
 
+        waiting = []
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             parts = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in parts])
-            for t, part in zip(parts, self._summed(flat).split([t.numel() for t in parts]), strict=True):
-                t.copy_(part.view(t.shape))
+            waiting.append((parts, self._summing(torch.cat([t.reshape(-1) for t in parts]))))
 
-    def _summed(self, flat: Tensor) -> Tensor:
+        def arrive() -> None:
+            for parts, total in waiting:
+                for t, part in zip(parts, total().split([t.numel() for t in parts]), strict=True):
+                    t.copy_(part.view(t.shape))
+
+        return arrive
+
+    def _summing(self, flat: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over the ranks; the sum."""
         if not self.several or not flat.numel():
-            return flat
+            return lambda: flat
         if self.deterministic:
-            first, *others = self._gathered(flat)
-            for other in others:
-                first += other
-            return first
+            return partial(_in_order, self._gathering(flat))
         from torch import distributed
 
         self.sent += 2 * (self.size - 1) / self.size * flat.nbytes
-        self._done(partial(distributed.all_reduce, flat), flat)
-        return flat
+        wait = self._begun(partial(distributed.all_reduce, flat), flat)
+
+        def total() -> Tensor:
+            wait()
+            return flat
+
+        return total
 
     @property
     def total_of(self) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -254,22 +267,40 @@ class World:
                     )
 
     def _gathered(self, own: Tensor) -> list[Tensor]:
+        return self._gathering(own)()
+
+    def _gathering(self, own: Tensor) -> Callable[[], list[Tensor]]:
+        """Begin to gather the tensors of all ranks; they, in their order."""
         import torch
         from torch import distributed
 
         self.sent += (self.size - 1) * own.nbytes
         found = [torch.empty_like(own) for _ in range(self.size)]
-        if own.numel():
-            self._done(partial(distributed.all_gather, found, own.contiguous()), own)
-        return found
+        if not own.numel():
+            return lambda: found
+        wait = self._begun(partial(distributed.all_gather, found, own.contiguous()), own)
+
+        def all_of_them() -> list[Tensor]:
+            wait()
+            return found
+
+        return all_of_them
 
     def _done(self, operation: Callable[..., Work], tensor: Tensor) -> None:
-        """Do a collective operation on the tensor, with signs of life if it takes long. Raises LostRankError if it
-        fails.
+        """Do a collective operation on the tensor. Raises LostRankError if it fails."""
+        self._begun(operation, tensor)()
+
+    def _begun(self, operation: Callable[..., Work], tensor: Tensor) -> Callable[[], None]:
+        """Begin a collective operation on the tensor. The returned function waits for its end, with signs of life if
+        that takes long. Both raise LostRankError if it fails.
         """
+        with self._heard():
+            work = operation(async_op=True)
+        return partial(self._ended, work, tensor)
+
+    def _ended(self, work: Work, tensor: Tensor) -> None:
         began = time.monotonic()
         try:
-            work = operation(async_op=True)
             if self._signs is None or tensor.is_cuda:  # NCCL itself ends what takes too long
                 work.wait()
             else:
@@ -281,7 +312,7 @@ class World:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        """Raises LostRankError if the ranks cannot be connected."""
+        """Raises LostRankError if the ranks cannot be connected, or are not connected any more."""
         try:
             yield
         except RuntimeError as error:
@@ -303,6 +334,14 @@ class World:
             f"rank {self.rank} of {self.size} has lost another rank, whose own output may say why ({reason}): start "
             "the ranks again"
         ) from error
+
+
+def _in_order(gathering: Callable[[], list[Tensor]]) -> Tensor:
+    """The sum of the gathered tensors, added in the order of the ranks."""
+    first, *others = gathering()
+    for other in others:
+        first += other
+    return first
 
 
 def _wait(work: Work, signs: Signs) -> None:

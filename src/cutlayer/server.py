@@ -133,9 +133,6 @@ class Server:
         """The loss of a step, from its rows' losses [R]."""
         return mean_loss(losses, smashed.weights)
 
-    def _share(self) -> None:
-        """Called when the gradients of a step, of the rows in this process, are available."""
-
     def _through(
         self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
     ) -> tuple[Tensor, Rows]:
@@ -340,12 +337,15 @@ class Server:
             if not finite(g):
                 raise NonFiniteError("cut gradient", culprits(smashed, g.flatten(1).sum(1)))
         if self._optimizer and factor is not None:
-            self._share()
-            if not finite(*(p.grad for p in self._weights if p.grad is not None)):
-                raise NonFiniteError("server's weight gradient")
-            self._stepping.take(self._rate(factor), last=False)
+            self._take(self._rate(factor))
         self._steps += 1
         return gradient
+
+    def _take(self, rate: float) -> None:
+        """Take a step at this rate with the gradients that the weights have. Raises NonFiniteError."""
+        if not finite(*(p.grad for p in self._weights if p.grad is not None)):
+            raise NonFiniteError("server's weight gradient")
+        self._stepping.take(rate, last=False)
 
 
 def apart(mine: Tensor, weights: Sequence[Tensor], theirs: Tensor, rows: Rows) -> None:

@@ -2,15 +2,17 @@
 
     loss_r = sum of the rank's row losses / n, n = weight of all rows of the step; gradients are summed over ranks
 
-The clients' losses, which all ranks report, go along with the gradients, in one message. Copies for clients (SplitFed
+The clients' losses, which all ranks report, go along with the gradients, in one message. While it is under way, the
+clients go on with their gradients; the server takes its step when something depends on it. Copies for clients (SplitFed
 V1, V3) are on the ranks of their clients; their average is summed over the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +29,21 @@ from cutlayer.server import Server, ServerStep
 from cutlayer.types import Rows, Smashed, TailGradients, as_tuple
 
 
+class LateStep(ServerStep):
+    """A step that waits for the gradients of other ranks. Its mean losses wait for them, too."""
+
+    _wait: Callable[[], Tensor]
+
+    def __init__(self, means: Callable[[], Tensor], gradient: Rows, lr: float) -> None:
+        for name, value in {"_wait": means, "gradient": gradient, "lr": lr}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def means(self) -> Tensor:
+        """The mean losses over all rows and over each client's: [1 + C]. Raises NonFiniteError and LostRankError."""
+        return self._wait()
+
+
 class DataParallel(Server):
     """The additional part of a rank's server: call `share_by` once. `example` are rows of smashed data."""
 
@@ -35,7 +52,7 @@ class DataParallel(Server):
     _total = 1.0  # total weight of the step's rows
     _step: Smashed | None = None  # whose losses go along with the gradients
     _losses_here = torch.empty(0)  # the mean losses [c_r] of its clients that are here
-    _heard: tuple[Tensor, ...] = ()  # those of all its clients [C], once they are known
+    _late: Callable[[], Tensor] | None = None  # takes the last step, if it is not taken yet; losses of the clients [C]
 
     def share_by(self, sharing: Sharing, example: Rows) -> None:
         """Be a replica on one of the ranks."""
@@ -47,29 +64,28 @@ class DataParallel(Server):
 
     def step(self, smashed: Smashed, factor: float = 1.0, loss: RowLoss | None = None) -> ServerStep:
         """One loss over the rows of all ranks, and one step; the gradient is of the rows on this rank."""
-        own, gradient = self._together(smashed, loss, factor)
-        return ServerStep(own, gradient, self._rate(factor))
+        return self._together(smashed, loss, factor)
 
     def gradients(
         self, smashed: Smashed, loss: RowLoss | None = None, *, running_statistics: bool = False
     ) -> ServerStep:
         """The same without a step."""
         self._pending = None
-        own, gradient = self._together(smashed, loss, None, evaluating=running_statistics)
-        return ServerStep(own, gradient, 0.0)
+        return self._together(smashed, loss, None, evaluating=running_statistics)
 
     def _together(
         self, smashed: Smashed, loss: RowLoss | None, factor: float | None, *, evaluating: bool = False
-    ) -> tuple[Tensor, Rows]:
-        """(mean losses [1 + C] of the clients of all ranks, gradients of the rows that are here)."""
+    ) -> ServerStep:
+        """The mean losses of the clients of all ranks, and the gradients of the rows that are here."""
         self._open(smashed)
         try:
             _, gradient = self._through(smashed.here, loss, factor, evaluating=evaluating)
         finally:
             self._step = None
-        if not self._heard:  # nothing of the server's is trained now
-            return self._told(self._losses_here, smashed), gradient
-        return means_of_clients(self._heard[0], smashed.masses), gradient
+        rate = 0.0 if factor is None else self._rate(factor)
+        if (late := self._late) is None:  # nothing of the server's is trained now
+            return ServerStep(self._told(self._losses_here, smashed), gradient, rate)
+        return LateStep(lambda: means_of_clients(late(), smashed.masses), gradient, rate)
 
     def step_on(self, rows: Rows, labels: Tensor, factor: float = 1.0, loss: RowLoss | None = None) -> Tensor:
         """Raises ConfigError: generated rows are not divided among ranks."""
@@ -86,8 +102,14 @@ class DataParallel(Server):
         )
 
     def _open(self, smashed: Smashed) -> None:
-        self._total, self._step = sum(smashed.masses) or 1.0, smashed
-        self._losses_here, self._heard = torch.empty(0), ()
+        self.settle()
+        self._total, self._step, self._late = sum(smashed.masses) or 1.0, smashed, None
+        self._losses_here = torch.empty(0)
+
+    def settle(self) -> None:
+        """The last step is taken now, with the gradients of all ranks. Raises NonFiniteError and LostRankError."""
+        if self._late is not None:
+            self._late()
 
     def _told(self, own: Tensor, smashed: Smashed) -> Tensor:
         """The mean losses [1 + C] from those of the clients that are here, in a message of their own."""
@@ -116,6 +138,7 @@ class DataParallel(Server):
 
     def forward(self, smashed: Smashed, *, evaluating: bool = False) -> Rows:
         """The outputs for this rank's rows."""
+        self.settle()
         if len(smashed.here):
             return super().forward(smashed.here, evaluating=evaluating)
         rows = tuple(r.detach().requires_grad_(r.is_floating_point()) for r in smashed.rows)
@@ -124,17 +147,23 @@ class DataParallel(Server):
         self._pending = (rows, outputs)
         return outputs
 
-    def _share(self) -> None:
-        """The gradient of the loss over all rows, and the losses of all clients."""
+    def _take(self, rate: float) -> None:
+        """Begin to sum the gradients over the ranks, and to tell the losses of the clients. The step follows."""
         trained = [p for p in self._weights if p.requires_grad]
         for p in trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in trained if p.grad is not None]
         losses = [] if self._step is None else [self._packed(self._step, gradients[0])]
-        self._world.total([*gradients, *losses])
-        if losses:
-            self._heard = (unpacked(losses[0]).cpu(),)
+        arrive, take = self._world.totalling([*gradients, *losses]), super()._take
+
+        @cache
+        def late() -> Tensor:
+            arrive()
+            take(rate)
+            return unpacked(losses[0]).cpu() if losses else torch.empty(0)
+
+        self._late = late
 
     def _packed(self, smashed: Smashed, like: Tensor) -> Tensor:
         """The losses of the clients that are here, zeros for others: their sum over the ranks has the losses of all."""
@@ -158,7 +187,22 @@ class DataParallel(Server):
                 torch.autograd.backward(outputs, rows)
 
         gradient = self._backward(here, back, factor)
-        return ServerStep(means_of_clients(tail.losses, tuple(masses.values())), gradient, self._rate(factor))
+
+        def told() -> Tensor:
+            self.settle()
+            return means_of_clients(tail.losses, tuple(masses.values()))
+
+        return LateStep(told, gradient, self._rate(factor))
+
+    def predict(self, clients: Sequence[int], rows: Rows) -> Rows:
+        """The server's outputs in eval mode."""
+        self.settle()
+        return super().predict(clients, rows)
+
+    def end_round(self) -> None:
+        """End the round."""
+        self.settle()
+        super().end_round()
 
     def _numbered(self, smashed: Smashed) -> Smashed:
         """With the numbers of the copies on this rank."""
@@ -214,6 +258,7 @@ class DataParallel(Server):
 
     def state(self) -> dict[str, Any]:
         """That of a single server; whole on rank 0 alone."""
+        self.settle()
         own = super().state()
         copies = self._world.collected(own["copies"])
         return {**own, "copies": {k: copy for part in copies for k, copy in part.items()}}
