@@ -656,7 +656,7 @@ def test_the_report_of_attacks(tmp_path: Path) -> None:
     assert [name for name in written if name.endswith(".png")] == [f"{p}.png" for p in plots]
     text = written["reproduction.md"].decode()
     assert "| phi 0.5 | 99.00 ± 0.00 | 0.0100 | 0.800 |" in text
-    assert "“at equal accuracy” means that each of the two runs is attacked" in text
+    assert "“At equal accuracy” means that each of the two runs is attacked" in text
 
 
 def _found(accuracy: float, explained: float) -> dict[str, object]:

@@ -78,8 +78,8 @@ def reading(findings: Findings, size: str) -> list[str]:
         * (size == "smoke")
         + "Accuracies are test accuracies in percent at the evaluation with the best validation accuracy, which is "
         f"what the paper reports. They are means over the models of {models}, shown as mean ± sample standard "
-        f"deviation over {len(s.seeds)} seeds. The paper's number stands beside ours if it has one for the same "
-        "setting. If fewer seeds are done, the table says so; a dash stands for a run that is not done. A run whose "
+        f"deviation over {len(s.seeds)} seeds. If the paper has a number for the same setting, the table shows it, "
+        "too. If fewer seeds are done, the table says so; a dash means that a run is not done. A run whose "
         f"numbers became NaN or infinite is called diverged and counts as chance{count} in means and differences.",
         "The paper trains its ResNet16 (an AlexNet in Table 4) on Fashion-MNIST with 10000 images held out for "
         "validation, does not say for how many epochs, and gives neither seeds nor spread. Compare the order of the "
@@ -92,8 +92,8 @@ _CONTEST = (
     "Accuracies are test accuracies in percent at the end of the training, as means over the models of all clients on "
     "the global test set (if client models are averaged, they are all the same), shown as mean ± sample standard "
     "deviation over {seeds} seeds. Every method was tuned over the same rates on another seed, by validation "
-    "accuracy; test accuracies play no part in the choice. If fewer seeds are done, the table says so; a dash stands "
-    "for a run that is not done. A run whose numbers became NaN or infinite is called diverged and counts as "
+    "accuracy; test accuracies play no part in the choice. If fewer seeds are done, the table says so; a dash means "
+    "that a run is not done. A run whose numbers became NaN or infinite is called diverged and counts as "
     "chance{count}."
 )
 
@@ -105,13 +105,13 @@ ANOTHER_MODEL = (
 
 TEST = (
     "Each verdict comes from one test. Differences are taken between runs with the same seed (the same split of the "
-    "data, partition and initial weights) and averaged over all cells that the claim covers. From the seeds follows a "
-    "two-sided 95 % interval of Student's t. A claim holds if the interval lies above its threshold (0 points if it "
-    "names none), does not hold if the interval lies below it, and is within noise if the interval contains it. With "
-    "fewer than two seeds, it is not measured. Points are points of test accuracy. For claims about reconstruction, "
-    "they are percent of the inputs' variance that the attacker explains; “at equal accuracy” means that each of the "
-    "two runs is attacked at the time when it first reached the highest test accuracy that both reach. Few seeds "
-    "make wide intervals. There is no correction for the number of claims or of cells in a breakdown."
+    "data, partition and initial weights) and averaged over all cells that the claim covers. The spread over seeds "
+    "gives a two-sided 95 % interval of Student's t, which is wide if there are few seeds. A claim holds if the "
+    "interval lies above its threshold (0 points if it names none), does not hold if the interval lies below it, and "
+    "is within noise if the interval contains it. With fewer than two seeds, it is not measured. Points are percentage "
+    "points of test accuracy, or, in claims about reconstruction, of the inputs' variance that the attacker explains. "
+    "“At equal accuracy” means that each of the two runs is attacked at the time when it first reached the highest "
+    "test accuracy that both reach. There is no correction for the number of claims or of cells in a breakdown."
 )
 
 

@@ -405,8 +405,8 @@ PLOTS: dict[str, Plot] = {
     SKEW: Plot(
         SKEW,
         "Label skew: accuracy and traffic",
-        "Beside each name: bytes up and down of a whole training of all clients, in the method's first setting. A "
-        "message that is the same for several clients is counted once. If it is sent once per receiver, SplitAvg "
+        "The bytes next to each name go up and down in a whole training of all clients, in the method's first setting. "
+        "A message that is the same for several clients is counted once. If it is sent once per receiver, SplitAvg "
         "(SGLR, SGL) moves as much as PSL. Bars show one standard deviation over seeds.",
         _trained(SKEW),
         _skew,

@@ -181,7 +181,7 @@ def skew(outcomes: Outcomes) -> list[Table]:
     tuned = tuple(dict.fromkeys(extent.tuning(s) for s in settings))
     tried = tuple((m, tuple(_tried(outcomes, s, m) for s in tuned)) for m in methods)
     rates = listed([f"{rate:g}" for rate in extent.rates])
-    others = [f"{s} takes the choice of {extent.tuning(s)}" for s in settings if extent.tuning(s) != s]
+    others = [f"{s} uses the rates that were chosen for {extent.tuning(s)}" for s in settings if extent.tuning(s) != s]
     return [
         Table("skew", "Label skew: accuracy", "method", tuple(settings), rows, text),
         Table(

@@ -55,7 +55,7 @@ def _word(word: str, study: Study) -> Text:
 
 
 def _facts(facts: Sequence[Fact], study: Study) -> Grid:
-    grid = Grid(title="What counting settles")
+    grid = Grid(title="Claims that are counted, not trained")
     for name in ("claim", "verdict", "counted"):
         grid.add_column(name, no_wrap=name == "verdict")
     for f in facts:
