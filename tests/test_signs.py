@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from torch.distributed import HashStore, Store
 
 from cutlayer.signs import Signs
@@ -57,6 +59,21 @@ def test_ranks_that_wait_both_are_not_lost() -> None:
         assert ranks[0].silent() == ()
 
 
+def test_who_looks_for_others_gives_signs_and_has_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For three pauses, so that two that look at the same time do not miss each other."""
+    store, seen = HashStore(), list[bytes]()
+    ranks = of(store, 2)
+
+    def pause(seconds: float) -> None:
+        seen.append(store.get("0"))
+        if len(seen) == 3:
+            ranks[1].give()
+
+    monkeypatch.setattr(time, "sleep", pause)
+    assert ranks[0].silent() == ()
+    assert len(set(seen)) == 3
+
+
 def test_signs_are_at_most_two_seconds_apart() -> None:
     assert Signs(HashStore(), 0, 2, 300.0).pause == 2.0
     assert Signs(HashStore(), 0, 2, 4.0).pause == 1.0
@@ -67,6 +84,12 @@ def test_who_does_not_come_is_named() -> None:
     ranks[2].give()
     assert ranks[0].meet(LIMIT) == (1,)
     assert ranks[1].meet(LIMIT) == ()
+
+
+def test_those_who_do_not_come_are_waited_for_together() -> None:
+    began = time.monotonic()
+    assert Signs(HashStore(), 0, 40, LIMIT).meet(0.5) == tuple(range(1, 40))
+    assert time.monotonic() - began < 10  # half a second for each would be twice that
 
 
 class Asleep(HashStore):
