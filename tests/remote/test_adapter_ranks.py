@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cutlayer import ConfigError, Run
-from cutlayer.adapters import filled
+from cutlayer.adapters import filled, of_rank, shrink
 from cutlayer.errors import RefusedError
 from cutlayer.options import RunConfig
 from cutlayer.remote.sides import share, worker_of
@@ -57,6 +57,7 @@ def options(algorithm: str, **more: Any) -> dict[str, Any]:
     ("algorithm", "more"),
     [
         ("psl", {"client_clip_grad_norm": 0.1}),
+        ("psl", {"freeze": "lora_A"}),
         ("sfl", {"start": "independent", "participation": 0.7}),
         ("sfl", {"judge": "average"}),
         ("fl", {"client_optimizer": "sgd", "accumulate": 2}),
@@ -81,6 +82,13 @@ def test_clients_on_other_machines_compute_the_same(algorithm: str, more: dict[s
         kept = [t for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t) and t.dim()]
         assert all(rank in t.shape for t in kept)
     assert made.run.training.ledger.table() == local.training.ledger.table()
+
+
+def test_layers_have_the_size_of_their_rank() -> None:
+    adapter = nn.ModuleDict({"lora_A": nn.Linear(INPUTS, 4, bias=False), "lora_B": nn.Linear(4, OUTPUTS, bias=False)})
+    shrink(adapter, of_rank(adapter, 2))
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in adapter.items()}
+    assert sizes == {"lora_A": (INPUTS, 2), "lora_B": (2, OUTPUTS)}
 
 
 def test_a_deployment_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
