@@ -92,6 +92,14 @@ def test_each_rank_has_its_row() -> None:
     assert "is not within" in tight.verdict
 
 
+def test_only_those_algorithms_have_tails_that_use_them() -> None:
+    found = planned(algorithms=("sfl", "usfl"), tail_cut="3")
+    assert found.costs[0] == planned(algorithms=("sfl",)).costs[0]
+    each = [kind.measured.flops for kind in found.kinds]  # with usfl
+    assert [kind.flops for kind in found.kinds] == [ROWS * (f.client.training + f.tail.training) for f in each]
+    assert all(f.tail.training for f in each)
+
+
 def test_the_largest_rank_alone_where_no_cut_is_named() -> None:
     found = planned(algorithms=("sfl",), cut="all")
     assert found.kinds == ()
