@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import processes
 import torch
-from support import CLASSES, MODELS, make, source
+from support import CLASSES, MODELS, Adapted, make, source
 from torch import Tensor, nn
 
 from cutlayer import Run
@@ -53,11 +53,20 @@ def _norm_below() -> nn.Module:
     )
 
 
+class Ranked(nn.Sequential):
+    """Each client's adapters have a rank of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(Adapted(6, 8, 3), nn.ReLU(), Adapted(8, CLASSES, 3))
+        self.client_ranks = (1, 3, 2, 3, 1)
+
+
 OWN: dict[str, Any] = {
     **{name: (model, shape, cut) for name, model, shape, cut in MODELS},
     "normed": (_normed, (6,), "2"),
     "dropping": (_dropping, (6,), "2"),
     "norm below": (_norm_below, (6,), "2"),
+    "ranked": (Ranked, (6,), "1"),
 }
 
 

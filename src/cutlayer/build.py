@@ -640,7 +640,6 @@ def _ranks(config: RunConfig, algorithm: Algorithm, whole: nn.Module, *, mixed: 
     odd = {
         algorithm.traits.one_rank: bool(algorithm.traits.one_rank),
         "clients have different cuts": mixed,
-        "several processes share the clients": world().several,
         f"averaging = {config.averaging!r} averages factors, and not their products": (
             AVERAGE in algorithm.traits.needs and not averaging_rule(config).by_name
         ),

@@ -110,7 +110,7 @@ def test_the_largest_rank_alone_where_no_cut_is_named() -> None:
     ("options", "words"),
     [
         ({"algorithms": ("ssl",)}, "ssl cannot be planned with different ranks of adapters: give one lora_rank"),
-        ({"ranks": 2}, "ranks = 2 processes cannot share clients whose adapters have different ranks"),
+        ({"ranks": 2}, "ranks = 2 processes are not planned if adapters have different ranks"),
         ({"clients": 3}, "lora_ranks are 4 for 3 clients: give one for each"),
         ({"cut": "1,3,1,3"}, "lora_ranks are not possible with different cuts: name one cut for all"),
     ],

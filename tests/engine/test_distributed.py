@@ -77,6 +77,17 @@ WIDE: dict[str, Case] = {
     "features dropped": case("psl", defences=["feature-dropout"], feature_dropout=0.2),
     "a penalty": case("sfl", defences=["nopeek"], nopeek=0.1),
     **{f"weighted rows, {name}": case(name, **UNLIKE) for name in ("sglr", "sflv1", "usglr", "gpsl", "scala", "fl")},
+    "medians": case("sfl", averaging="median"),
+    "medians of copies": case("sflv1", averaging="median", participation=0.4, rounds=10),
+    "medians of copies, local": case("sflv1", averaging="median", engine="local"),
+    "bounded updates": case("sfl", averaging="norm_bound", norm_multiple=0.9, participation=0.6, rounds=10),
+    "bounded updates, local": case("sflv3", averaging="norm_bound", norm_multiple=0.9, engine="local"),
+    "bounded updates, whole models": case("fl", averaging="norm_bound", norm_multiple=0.9, own="normed"),
+    "trimmed, with tails": case("usfl", averaging="trimmed_mean", trim=0.2),
+    "adapters of different ranks": case("psl", own="ranked"),
+    "adapters averaged": case("sfl", own="ranked", averaging="products", participation=0.6, rounds=10),
+    "adapters averaged, local": case("sfl", own="ranked", averaging="products", engine="local"),
+    "adapters of whole models": case("fl", own="ranked", averaging="products"),
     "screened": case("psl", screening="median_bound"),
     "Adam": case("sgl", client_optimizer="adam", server_optimizer="adamw", client_lr=0.01),
     "clipped": case("sglr", client_clip_grad_norm=0.1, server_clip_grad_norm=0.1),
@@ -102,6 +113,9 @@ FEW: dict[str, Case] = {
         "gpsl, auto",
         "noise",
         "weighted rows, sglr",
+        "bounded updates",
+        "medians of copies, local",
+        "adapters averaged",
     )
 }
 # One of each kind: rows that stay, a common gradient besides, copies on the server, gathered rows, tails.
@@ -205,6 +219,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
         "tails": case("usfl", client_optimizer="adam", client_lr=0.01),
         "cycle": case("cyclesfl", server_optimizer="adam", client_lr=0.01),
         "whole": case("fl", client_optimizer="adam", client_lr=0.01, local_steps=2),
+        "bounded": case("sfl", averaging="norm_bound", norm_multiple=0.9, participation=0.6, client_lr=0.05),
     }
     whole = {name: trained(options) for name, options in begun.items()}
 
@@ -245,7 +260,6 @@ def test_an_algorithm_that_ranks_cannot_share_is_refused(algorithm: str) -> None
     ("options", "why"),
     [
         ({"attack": ["0=signs"]}, "attack is not there"),
-        ({"algorithm": "sfl", "averaging": "median"}, "averaging = 'median' needs the models of all clients"),
         ({"judge": "average"}, "judge = 'average' needs the models of all clients"),
         ({"algorithm": "gpsl", "accumulate": 2}, "accumulate = 2 is not there for gpsl"),
         ({"cache_features": True}, "cache_features is not there"),

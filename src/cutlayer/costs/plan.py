@@ -514,8 +514,8 @@ class _Ranked:
         config = self.config
         if config.ranks > 1:
             raise ConfigError(
-                f"ranks = {config.ranks} processes cannot share clients whose adapters have different ranks: leave it "
-                "out, or give one lora_rank"
+                f"ranks = {config.ranks} processes are not planned if adapters have different ranks: leave it out, or "
+                "give one lora_rank"
             )
         fit = {n: a for n, a in algorithms.items() if not a.traits.one_rank}
         if not fit:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from cutlayer.algorithms import Algorithm
-from cutlayer.cohort import CohortAround, Crossed, Direction, Held, Predict, Summed
+from cutlayer.averaging import combined
+from cutlayer.cohort import CohortAround, Crossed, Direction, Footprint, Held, Predict, Summed
 from cutlayer.collective import World
 from cutlayer.data.samples import Samples
 from cutlayer.engine.choice import Chosen
@@ -77,6 +78,20 @@ class Sharing:
         ranks = np.searchsorted([span.stop for span in self.spans], who, side="right")
         return [tuple(who[ranks == rank].tolist()) for rank in range(len(self.spans))]
 
+    def everyones(
+        self, models: Sequence[State], like: State, weights: Mapping[int, float]
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """(the models of the K clients in `weights`, whose tensors are [K, ...] each, their weights), from the `models`
+        of this rank's among them, in order; of each only what `like` has.
+        """
+        parts = self.by_rank(list(weights))
+        counts = [len(part) for part in parts]
+        found = {}
+        for name, t in like.items():
+            own = torch.stack([model[name] for model in models]) if models else t.new_empty(0, *t.shape)
+            found[name] = self.world.rows(own, counts)
+        return found, [weights[k] for part in parts for k in part]
+
     @property
     def remark(self) -> str:
         """What was chosen, in a line."""
@@ -108,8 +123,6 @@ def refuse(config: RunConfig, algorithm: Algorithm, clients: int, ranks: int) ->
         "attack is not there with several ranks": bool(config.attack),
         "cache_features is not there with several ranks": config.cache_features,
         f"judge = {config.judge!r} needs the models of all clients in one place": config.judge != "mean",
-        f"averaging = {config.averaging!r} needs the models of all clients in one place": traits.models_cross
-        and not config.thing("averaging", config.averaging).plain,
         f"accumulate = {config.accumulate} is not there for {name} with several ranks": traits.gradients_cross
         and config.accumulate > 1,
     }
@@ -151,8 +164,12 @@ class Engine(Protocol):
     def model_state(self, client: int) -> State:
         """Parameters and buffers of a client, by its number here."""
 
+    @property
+    def origin(self) -> State | None:
+        """The last average, as `model_state` has it, if the averaging rule looks at it."""
+
     def take_everyones(self, state: State) -> None:
-        """All clients get these parameters and buffers."""
+        """All clients get these parameters and buffers, and keep the ranks of their adapters."""
 
 
 class SpreadCohort(CohortAround):
@@ -184,6 +201,8 @@ class SpreadCohort(CohortAround):
         self._buffers = any(True for part in parts for _ in part.buffers())
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
         self._alike = self._whole.alike
+        own = [inner.footprint(k) for k in self._mine] if self._whole.ranks else []
+        self._footprints = [size for part in self._world.gathered(own) for size in part]
         self._samples = [len(rows) for rows in self._whole.rows]
         self._masses = [mass for part in self._world.gathered(list(engine.masses)) for mass in part]
         self._counts = np.array(self._samples, np.int64)
@@ -202,6 +221,10 @@ class SpreadCohort(CohortAround):
     def masses(self) -> Sequence[float]:
         """The total weight of each client's training rows."""
         return self._masses
+
+    def footprint(self, client: int) -> Footprint:
+        """Clients' models have different sizes only if their adapters have different ranks."""
+        return self._footprints[client] if self._footprints else super().footprint(client)
 
     def begin_round(self, index: int, total: int, lr_factor: float) -> Round:
         """Drawn for all clients at once, on every rank the same."""
@@ -402,7 +425,13 @@ class SpreadCohort(CohortAround):
         return [_joined([part[t] for part in parts if t < len(part)]) for t in range(max(map(len, parts), default=0))]
 
     def average(self, weights: Mapping[int, float]) -> tuple[int, ...]:
-        """Each rank's mean, then that of the ranks'."""
+        """The mean of the ranks' means; if another rule averages, it is given the models of all ranks, on each."""
+        one = self._mean(weights) if self._whole.rule.plain else self._by_rule(weights)
+        self._engine.take_everyones(one)
+        self._alike = not self._whole.ranks
+        return tuple(weights)
+
+    def _mean(self, weights: Mapping[int, float]) -> State:
         own = {k: w for k, w in weights.items() if k in self._mine}
         if own:
             self.inner.average(own)
@@ -411,9 +440,15 @@ class SpreadCohort(CohortAround):
         state = self._engine.model_state(0)
         moving = {name: t.clone() for name, t in state.items() if name not in self._frozen}
         mean_of_means(self._world, moving, sum(own.values()) / sum(weights.values()))
-        self._engine.take_everyones({**state, **moving})
-        self._alike = True
-        return tuple(weights)
+        return {**state, **moving}
+
+    def _by_rule(self, weights: Mapping[int, float]) -> State:
+        self._engine.settle()
+        state = self._engine.model_state(0)
+        moving = {name: t for name, t in state.items() if name not in self._frozen}
+        models = [self._engine.model_state(k - self._mine.start) for k in self._ours(weights)]
+        everyones = self._sharing.everyones(models, moving, weights)
+        return {**state, **combined(*everyones, self._whole.rule, self._engine.origin)}
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Each rank judges its own clients' models; models known to be equal are judged once."""

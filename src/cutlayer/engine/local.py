@@ -358,10 +358,13 @@ class LocalCohort(SimulatedCohort):
         self._begin_from(moving(first))
         for module in everybody[1:]:
             load_moving(module, moving(first))
-        if self.setup.ranks:
-            for client in self._clients:
-                narrow(client.module, self.setup.ranks[client.name])
+        self._narrow()
         return tuple(weights)
+
+    def _narrow(self) -> None:
+        """Adapters keep their own ranks."""
+        for client, rank in zip(self._clients, self.setup.ranks, strict=False):
+            narrow(client.module, rank)
 
     def _whole(self, clients: Sequence[int]) -> list[dict[str, Tensor]]:
         """The averaged part of the models of `clients`, with the blocks that the server holds for them."""
@@ -413,7 +416,13 @@ class LocalCohort(SimulatedCohort):
         for client in self._clients:
             self.take_model(client.name, state)
         self._begin_from(moving(self._clients[0].module))
-        self._alike = True
+        self._narrow()
+        self._alike = not self.setup.ranks
+
+    @property
+    def origin(self) -> Mapping[str, Tensor] | None:
+        """The last average in the form that `model_state` returns, if the averaging rule looks at it."""
+        return None if self._origin is None else named_as_whole(self._origin, self.shape)
 
     def take_model(self, client: int, state: Mapping[str, Tensor]) -> None:
         """Give a client these parameters and buffers, in the form that `model_state` returns."""

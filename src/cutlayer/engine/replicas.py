@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cutlayer.adjustment import Shifts
+from cutlayer.averaging import combined
 from cutlayer.collective import World
 from cutlayer.engine.distributed import Sharing, mean_of_means, own_stack, whole_stack
 from cutlayer.engine.stacked import StackedServer
@@ -231,6 +232,9 @@ class DataParallel(Server):
 
     def average_copies(self, weights: Mapping[int, float]) -> None:
         """The copies' average, over all ranks."""
+        if not self.rule.plain:
+            self._average_by_rule(weights)
+            return
         own = self._own(weights)
         if own:
             self._average_here(own)
@@ -240,6 +244,18 @@ class DataParallel(Server):
         mean_of_means(self._world, state, sum(own.values()) / sum(weights.values()))
         load_moving(self.model, state)
         self._spread_average()
+
+    def _average_by_rule(self, weights: Mapping[int, float]) -> None:
+        self._settle_copies()
+        before = moving(self.model)
+        copies = [self._state_of_copy(k) for k in self._own(weights)]
+        everyones = self._sharing.everyones(copies, before, weights)
+        load_moving(self.model, combined(*everyones, self.rule, before))
+        self._spread_average()
+
+    def _state_of_copy(self, client: int) -> Mapping[str, Tensor]:
+        """What moves of the copy of a client on this rank."""
+        return moving(self._copy_of(client).model)
 
     def _average_here(self, weights: Mapping[int, float]) -> None:
         super().average_copies(weights)
@@ -323,6 +339,10 @@ class StackedReplica(DataParallel, StackedServer):
 
     def _average_here(self, weights: Mapping[int, float]) -> None:
         super()._average_here({k - self.first: w for k, w in weights.items()})
+
+    def _state_of_copy(self, client: int) -> Mapping[str, Tensor]:
+        self._begin([client - self.first])
+        return self._stack.state_of(client - self.first)
 
     def _settle_copies(self) -> None:
         super()._settle_copies()

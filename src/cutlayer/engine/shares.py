@@ -59,6 +59,7 @@ class OwnClients(Clients):
         """`total` sums tensors over the ranks."""
         given: dict[str, Any] = {f.name: getattr(whole, f.name) for f in fields(Clients)}
         given |= {"models": Models(whole.models, mine), "rows": [whole.rows[k] for k in mine], "present": None}
+        given["ranks"] = whole.ranks[mine.start : mine.stop]
         given["shifts"] = None if whole.shifts is None else whole.shifts[mine.start : mine.stop]
         return cls(**given, mine=mine, total=total)
 

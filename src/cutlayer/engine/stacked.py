@@ -221,11 +221,15 @@ class StackedCohort(SimulatedCohort):
         others = {k: _copied(self._stack.state_of(k)) for k in self._passed_over(weights)}
         self._stack.average(weights, self.setup.rule, self._origin)
         self._begin_from(self._stack.state_of(0))
-        for k, rank in enumerate(self.setup.ranks):
-            self._stack.load_one(k, narrowed(self._stack.state_of(k), rank))
+        self._narrow()
         for k, own in others.items():
             self._stack.load_one(k, own)
         return tuple(weights)
+
+    def _narrow(self) -> None:
+        """Adapters keep their own ranks."""
+        for k, rank in enumerate(self.setup.ranks):
+            self._stack.load_one(k, narrowed(self._stack.state_of(k), rank))
 
     def evaluate(self, samples: Samples, predict: Predict, clients: Sequence[int] | None = None) -> Evaluation:
         """Every client model with the server; models known to be equal are judged once."""
@@ -263,7 +267,15 @@ class StackedCohort(SimulatedCohort):
         named = {n: state[name_in_whole(n, self.shape) if self._lower else n] for n in self._stack.state_of(0)}
         self._stack.load_all(named)
         self._begin_from(self._stack.state_of(0))
-        self._alike = True
+        self._narrow()
+        self._alike = not self.setup.ranks
+
+    @property
+    def origin(self) -> Mapping[str, Tensor] | None:
+        """The last average in the form that `model_state` returns, if the averaging rule looks at it."""
+        if self._origin is None or not self._lower:
+            return self._origin
+        return named_as_whole(self._origin, self.shape)
 
     def held(self) -> Held:
         """As for all; but if states are on disk and all models would take more than 256 MiB, those of as many clients
