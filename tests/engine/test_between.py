@@ -1,4 +1,4 @@
-"""Clients whose cuts differ: the oracles, averaging by name, state, and who cannot have them."""
+"""Clients with different cuts: oracles, averaging by name, state, and the runs that cannot have mixed cuts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_mixed_cuts_compute_what_the_deepest_cut_for_all_computes(algorithm: str
 
 
 def test_averaging_is_by_name_over_all_who_have_the_parameter() -> None:
-    """Client 0 holds layer 0 alone, client 1 all but the last: the server holds layer 2 for client 0."""
+    """Client 0 has only layer 0, and client 1 has all layers but the last: the server holds layer 2 for client 0."""
     run = train("sfl", make(mlp), [4, 8], (6,), cut=["0", "3"], rounds=1, local_epochs=1)
     alone = train("psl", make(mlp), [4, 8], (6,), cut="3", rounds=1)  # the same steps, without the average at the end
     own = [client_state(alone, k) for k in (0, 1)]
@@ -81,7 +81,7 @@ def test_a_resumed_run_with_mixed_cuts_is_the_uninterrupted_one(algorithm: str, 
 
     new(tmp_path / "whole").run()
     for count, _ in enumerate(new(tmp_path / "parts"), 1):
-        if count == 4:  # within the second or third round
+        if count == 4:  # in the second or third round
             break
     Run.resume(tmp_path / "parts", model=normed, data=source(SIZES, (6,))).run()
     a, b = (checkpoint.read(tmp_path / name / CHECKPOINT) for name in ("whole", "parts"))
@@ -148,7 +148,7 @@ def uneven() -> nn.Module:
 
 
 def test_each_client_is_counted_at_its_own_cut() -> None:
-    """By hand: 8 numbers of 8 bytes cross for a row of client 0, 16 for one of client 1."""
+    """Computed by hand: each row takes 8 numbers of 8 bytes at the cut of client 0, and 16 at the cut of client 1."""
     fleet: dict[str, Any] = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "h100"}
     sizes, rounds = [12, 8], 2
     run = train("sfl", make(uneven), sizes, (6,), cut=["0", "2"], rounds=rounds, **fleet)
@@ -159,13 +159,13 @@ def test_each_client_is_counted_at_its_own_cut() -> None:
     models = [8 * 56, 8 * (56 + 144)]
     assert ledger.of_clients("up", "models").tolist() == [rounds * size for size in models]
     assert ledger.of_clients("down", "models").tolist() == [rounds * size for size in models]
-    assert run.result.bytes[1]["wire-broadcast"] == rounds * sum(models)  # not alike: a message for each
+    assert run.result.bytes[1]["wire-broadcast"] == rounds * sum(models)  # models differ: one message each
     alone = [train("sfl", make(uneven), sizes, (6,), cut=cut, rounds=rounds, **fleet) for cut in ("0", "2")]
     each = [run.training.flops_each[k].client.training for k in (0, 1)]
     assert each == [r.training.flops.client.training for r in alone]
     assert run.result.client_flops == sum(rounds * n * own for n, own in zip(sizes, each, strict=True)) / 2
     both = run.result.server_flops + 2 * run.result.client_flops
-    for r in alone:  # it is the same on either side
+    for r in alone:  # a cut moves computation between the sides, and the total stays the same
         assert both == pytest.approx(r.result.server_flops + 2 * r.result.client_flops, rel=0.05)
     assert run.training.clock is not None
     assert run.training.clock.state()["server_flops"] == pytest.approx(run.result.server_flops)
@@ -173,7 +173,7 @@ def test_each_client_is_counted_at_its_own_cut() -> None:
 
 
 class OneLayer(nn.Module):
-    """As a part of a model takes it, rows in a tuple."""
+    """One layer in the form of a model's part: it takes its rows in a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class OneLayer(nn.Module):
 
 
 def test_blocks_say_what_they_cannot_bear_and_stay_as_they_are() -> None:
-    """Rows that become infinite inside; the client without blocks bears all."""
+    """The rows become infinite inside the blocks. A client without blocks accepts them."""
     sgd = make_optimizer("sgd", 0.1, {})
     blocks = Blocks(lambda k: OneLayer() if k else None, sgd, 2)
     block = blocks.of(1)
@@ -203,7 +203,7 @@ def test_blocks_say_what_they_cannot_bear_and_stay_as_they_are() -> None:
 
 
 def test_a_client_that_trains_nothing_gets_no_gradients() -> None:
-    """All that is trained of the model of client 0 lies with the server."""
+    """Of the model of client 0, the server holds all trained parameters."""
     options: dict[str, Any] = {"freeze": r"^0\.", "rounds": 1}
     run = train("psl", make(uneven), [12, 8], (6,), cut=["0", "2"], **options)
     assert run.training.ledger.of_clients("down", "cut gradients").tolist() == [0, 8 * 8 * 16]

@@ -1,4 +1,4 @@
-"""A chain run by hand gives what its layers give one by one; what is no chain of known layers is left alone."""
+"""A chain computed by hand equals its layers computed one by one; any other module is left alone."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from cutlayer.optim import make_optimizer
 
 
 class Functional(nn.Module):
-    """Activations as functions."""
+    """Activations called as functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def part_of(layers: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     return cut(model, ("0",), torch.randn(3, *shape).double()).client
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])  # by factors, in blocks, and as gradients
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])  # factors; factors multiplied in blocks; gradients
 @pytest.mark.parametrize("case", CHAINS)
 def test_it_trains_as_its_layers_do(case: str, optimizer: str) -> None:
     layers, shape = CHAINS[case]
@@ -85,7 +85,7 @@ def frozen() -> nn.Module:
 
 
 class Skipping(nn.Module):
-    """A shortcut."""
+    """A residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ LINES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("case", LINES)
 def test_rows_of_several_lines_are_left_to_the_layers(case: str) -> None:
-    """A dense layer takes each line by itself; all clients are still computed at once."""
+    """A dense layer computes each line separately; all clients are still computed at once."""
     layers, shape = LINES[case]
     part, x = part_of(layers, shape), torch.randn(4, *shape).double()
     chain = Chain.of(part, [name for name, _ in part.named_parameters()])

@@ -1,4 +1,4 @@
-"""Every form of a convolution gives what the library gives for each client alone, with all gradients."""
+"""Every form of a convolution equals torch's convolution of each client alone, with all gradients."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_forms_are_equal(case: str, data: bool, bias: bool, last: bool) -> None:
 
 
 def results(form: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The output, and the gradients of all that has one."""
+    """The output, and the gradients of all inputs that require one."""
     leaves = [None if t is None else t.detach().clone() for t in (x, weight, bias)]
     trained = [t.requires_grad_() for t in (*leaves[x.requires_grad ^ 1 :],) if t is not None]
     y = form(*leaves)

@@ -1,4 +1,4 @@
-"""Steps taken directly are torch's own: weights and states, from gradients and from factors, in groups of all kinds."""
+"""Directly computed steps equal torch's: weights and states, from gradients and factors, for all kinds of groups."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ GROUPS = (ParamGroup("bias", lr=0.5, weight_decay=0.0),)
 
 
 class Layers(nn.Module):
-    """Parameters as layers have them, a kernel with its channels last among them."""
+    """Parameters as layers have them, including a kernel whose channels come last in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def made(name: str, options: dict[str, Any]) -> MakeOptimizer:
 
 @pytest.mark.parametrize(("name", "options"), OPTIMIZERS)
 def test_stacked_steps_are_torchs(name: str, options: dict[str, Any]) -> None:
-    """Three clients, who step together, then two that are no neighbours, then all with different numbers of steps."""
+    """All three clients step, then two that are not neighbours, then all with different numbers of steps taken."""
     make, noise = made(name, options), torch.Generator().manual_seed(1)
     alone = [Layers() for _ in range(3)]
     optimizers = [make(one.named_parameters()) for one in alone]
@@ -86,7 +86,7 @@ def test_one_models_steps_are_torchs(name: str, options: dict[str, Any]) -> None
     theirs, ours = make(one.named_parameters()), make(two.named_parameters())
     step = DirectSteps(descent(make, CPU), ours, list(two.named_parameters()), rule_of(make))
     for number, lr in enumerate((0.1, 0.05, 0.02)):
-        if number == 2:  # taken up again from a checkpoint
+        if number == 2:  # resume from a checkpoint
             written, ours = ours.state_dict(), make(two.named_parameters())
             load_optimizer(ours, written)
             step = DirectSteps(descent(make, CPU), ours, list(two.named_parameters()), rule_of(make))
@@ -107,7 +107,7 @@ def test_one_models_steps_are_torchs(name: str, options: dict[str, Any]) -> None
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("few", [1, 2, 5])
 def test_factors_and_a_gradient_are_added_up(few: int, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For so many of five clients at a time, also where weights lie in memory otherwise than their gradients."""
+    """In blocks of 1, 2 or 5 of the five clients, also if weights and gradients have different memory layouts."""
     noise = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 3, 4, generator=noise).double().transpose(1, 2)
     weight = weight if turned else weight.contiguous()
@@ -143,7 +143,7 @@ def test_others_are_left_to_torch(name: str) -> None:
 def test_engines_agree_on_weights_in_blocks(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gradient is multiplied out for two clients at a time, the last one alone."""
+    """Gradients are multiplied out for two clients at a time, and for the last client alone."""
     monkeypatch.setattr("cutlayer.engine.descent._BLOCK", 2 * 64 * 128 * 8)
     losses = []
     for engine in ("local", "stacked"):

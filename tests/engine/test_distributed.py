@@ -1,4 +1,4 @@
-"""Several ranks train one run: what they come to is what one process comes to, in double precision."""
+"""Several ranks train one run: the result equals that of one process, in double precision."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def case(algorithm: str, **options: Any) -> Case:
     return {"algorithm": algorithm, **OWN.get(algorithm, {}), **tail, **options}
 
 
-# Whatever the data, the model, or what else is asked for may change in a step that ranks share.
+# All kinds of data, models and options that may change a step that ranks share.
 WIDE: dict[str, Case] = {
     **{f"{name}, {engine}": case(name, engine=engine) for name in SPREAD for engine in ("auto", "local")},
     "one takes part": case("sgl", participation=0.2, rounds=10),
@@ -118,7 +118,8 @@ FEW: dict[str, Case] = {
         "adapters averaged",
     )
 }
-# One of each kind: rows that stay, a common gradient besides, copies on the server, gathered rows, tails.
+# One case of each kind: rows that stay on a rank, an additional common gradient, copies on the server, gathered rows,
+# tails.
 PLANNED: dict[str, Case] = {
     f"planned {name}": {
         "algorithm": name,
@@ -149,7 +150,7 @@ def test_two_ranks_give_what_one_process_gives(name: str, few: Mapping[str, Outc
 
 
 def test_who_has_left_the_ranks_has_the_machine_alone_again(few: Mapping[str, Outcome]) -> None:
-    """This process was one of two: the memory that is free is all its own now."""
+    """This process was one of two ranks; now all free memory belongs to it again."""
     assert few
     assert sharing() == 1
 
@@ -159,8 +160,8 @@ def test_who_has_left_the_ranks_has_the_machine_alone_again(few: Mapping[str, Ou
     [("noise", 4 * 8), ("sflv1, auto", None), ("gpsl, auto", 6 * 8 + 8 + 8 * 8 + 8)],
 )
 def test_what_a_rank_sends_in_a_step(name: str, own: int | None, few: Mapping[str, Outcome]) -> None:
-    """A ring's part of the server's gradient with the loss of each client, and of what is `own` to the algorithm:
-    SplitAvg's common gradient, the sum of the clients' gradients. SplitFed V1 sends the losses alone.
+    """Each of two ranks sends as much as it sums: the server's gradient, a loss for each client, and what is `own` to
+    the algorithm (SplitAvg's common gradient, or the sum of the clients' gradients). SplitFed V1 sends only losses.
     """
     server = 8 * CLASSES + CLASSES + len(SIZES)
     most = 3  # clients of a rank
@@ -169,14 +170,14 @@ def test_what_a_rank_sends_in_a_step(name: str, own: int | None, few: Mapping[st
 
 
 def sends_as_planned(case: Case, outcome: Outcome, ranks: int) -> None:
-    """From the first step of the first round to that of the second, a rank has sent what `plan` says of an epoch."""
+    """From the first step of one round to that of the next, a rank sends as much as `plan` says for an epoch."""
     assert not outcome.error
     names = ("cut", "tail_cut", "model", "samples_per_client")
     options = {name: case[name] for name in names if name in case}
     sizes = {"clients": DEFAULTS["clients"], "batch": DEFAULTS["batch"], "ranks": ranks}
     (planned,) = plan(PlanConfig.of({**options, **sizes, "input": (1, 8, 8), "algorithms": (case["algorithm"],)})).ranks
     steps = [after - before for before, after in pairwise(outcome.sent)]
-    assert len(outcome.sent) == 2 * 3  # of 4, 4 and 2 rows
+    assert len(outcome.sent) == 2 * 3  # each round has steps of 4, 4 and 2 rows
     assert steps[0] == pytest.approx(planned.step, rel=1e-12)
     assert outcome.sent[3] - outcome.sent[0] == pytest.approx(planned.epoch, rel=1e-12)
 
@@ -196,7 +197,7 @@ def test_three_ranks_send_what_was_planned(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_proof(size: int, tmp_path: Path) -> None:
-    """Every algorithm that ranks can share, and everything that changes a step: equal after twenty steps."""
+    """All algorithms that ranks can share, and everything that changes a step, agree after twenty steps."""
     found = together(size, list(WIDE.values()), tmp_path)
     far = {}
     for (name, options), outcome in zip(WIDE.items(), found, strict=True):
@@ -210,7 +211,7 @@ def test_the_proof(size: int, tmp_path: Path) -> None:
 @pytest.mark.network
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    """Begun by 2 ranks it goes on with 1 or 3, and begun by 1 with 2."""
+    """A run that 2 ranks began is continued by 1 or 3, and a run that 1 rank began by 2."""
     begun = {
         "sgl": case("sgl", own="norm below", client_optimizer_options={"momentum": 0.9}, client_lr=0.01),
         "local": case("sglr", engine="local", participation=0.4, client_optimizer="adam", client_lr=0.01),
@@ -282,7 +283,7 @@ def test_it_is_refused_before_anything_is_read(options: dict[str, Any], monkeypa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_losses_go_along_with_gradients_exactly(dtype: torch.dtype) -> None:
-    """Also next to those of other ranks, for which there are zeros."""
+    """Each rank has zeros in the places of the other ranks' losses, so the sum contains them all."""
     own = torch.tensor([1 / 3, 1e-20, -2.5, 1e30, float("inf")], dtype=torch.float64)
     here, there = packed(torch.cat([own, torch.zeros(2)]), dtype), packed(torch.cat([torch.zeros(5), own[:2]]), dtype)
     assert here.dtype == there.dtype == dtype
@@ -291,7 +292,7 @@ def test_losses_go_along_with_gradients_exactly(dtype: torch.dtype) -> None:
 
 
 def test_clients_drawn_batches_are_checked_and_found() -> None:
-    """Whatever is wrapped around the cohort that has drawn them."""
+    """The state is found under any number of cohorts around the one that drew the batches."""
     assert drawn_of({"inner": {"inner": {"drawn": [1, 2]}}}, 2) == [1, 2]
     with pytest.raises(MalformedError, match="drawn"):
         drawn_of({"drawn": [1, 2]}, 3)
@@ -318,7 +319,7 @@ def test_clients_are_shared_by_their_samples() -> None:
 
 
 def test_a_rank_without_rows_has_no_mean_to_give() -> None:
-    """What a step counts is known to all ranks, also to those without rows."""
+    """All ranks know how much a step counts, also the ranks without rows."""
     from cutlayer.gradients import spread
 
     assert spread([], []).shape == (0,)

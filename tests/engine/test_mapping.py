@@ -1,4 +1,4 @@
-"""Modules that are mapped: their dropout masks are those that each client draws alone, in the same order and layout."""
+"""Mapped modules: the dropout masks equal those that each client draws alone, in the same order and layout."""
 
 import copy
 from typing import Any
@@ -15,19 +15,19 @@ from cutlayer.testing import check_model
 
 
 class Wrapped(nn.Module):
-    """A module as a function of a tuple of rows."""
+    """Modules in sequence, as a function of a tuple of rows."""
 
     def __init__(self, *inner: nn.Module) -> None:
         super().__init__()
         self.inner = nn.Sequential(*inner)
-        self.scale = nn.Parameter(torch.ones(2, 3))  # used in a way that is not lowered
+        self.scale = nn.Parameter(torch.ones(2, 3))  # used in a way that cannot be lowered
 
     def forward(self, rows: tuple[Tensor, ...]) -> Tensor:
         return self.inner(rows[0]) * self.scale.mean(0).sum()
 
 
 class Attention(nn.Module):
-    """Attention with dropout, by torch's function."""
+    """Attention with dropout, computed by torch's function."""
 
     def __init__(self, causal: bool) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Attention(nn.Module):
 
 
 class Turned(nn.Module):
-    """Drops from a tensor whose rows do not lie one after another."""
+    """Dropout on a tensor whose rows are not contiguous in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.dropout(x.transpose(1, 2), 0.5, self.training) * 1.5
 
 
 class Padded(nn.Module):
-    """An embedding whose padding is not trained."""
+    """An embedding with a padding row that is not trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_draws_that_are_not_dropout_are_named_as_the_cause() -> None:
             return x + torch.randn_like(x)
 
     found = verdict(Wrapped(Noisy()), torch.randn(4, 6, 8))
-    assert found.ways == ()  # nor by itself: it draws in evaluation too
+    assert found.ways == ()  # not even one by one, as it draws in evaluation too
     assert "uses its 'scale'" in found.reason
     assert "torch.func.vmap cannot map it" in found.reason
     assert "random" in found.unmapped

@@ -1,4 +1,4 @@
-"""Pooling by two gives the library's maxima and gradients, bit for bit, also where numbers are equal."""
+"""Pooling by two equals torch's pooling, values and gradients, bit for bit, also for equal numbers."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_it_does_not_hide_what_is_not_a_number() -> None:
 
 
 class Functional(nn.Module):
-    """Poolings written by hand: the first by two, the others not."""
+    """Poolings called as functions: the first is by two, the others are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Functional(nn.Module):
 
 
 class Seen(nn.Module):
-    """Another operation uses the value between the convolution and the pooling: the activation, or its input."""
+    """Another operation also uses a value between convolution and pooling: the activation's output, or its input."""
 
     def __init__(self, activation: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Seen(nn.Module):
 
 
 def operations(layer: nn.Module, x: Tensor) -> int:
-    """How many poolings by two a forward pass of its parts has, in the layout that is mostly the quickest."""
+    """Number of poolings by two in a forward pass of the layer, in the layout that is usually the fastest."""
     parts = cut(nn.Sequential(layer, nn.Flatten()), ("0",), x)
     assert "pooled" in layouts(parts.client)
     changed = in_layout(parts.client, "pooled")

@@ -1,4 +1,4 @@
-"""Both engines agree on unequal clients, with batch normalisation and dropout, for every algorithm that is stacked."""
+"""Both engines agree on unequal clients, batch normalisation and dropout, for every algorithm that can be stacked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_STEP = {name for name in ALGORITHMS if traits_of(plugins.index("algorithm")[n
 STACKED = [name for name in ALGORITHMS if name not in TAKE_TURNS | IN_STEP | {"cl"}]  # cl has a single client
 DRAWN_TOGETHER = {
     name for name in STACKED if plugins.index("algorithm")[name].facts["presets"].get("sampling") == "global"
-}  # a step may have one row of a client, which batch normalisation refuses
+}  # a client may have a single row in a step, which batch normalisation refuses
 OWN: dict[str, dict[str, Any]] = {
     "fl": {"local_epochs": 2},
     "sfl": {"average_every": "step"},
@@ -31,21 +31,21 @@ OWN: dict[str, dict[str, Any]] = {
     "sglr": {"phi": 0.7, "alpha": 0.5},
     "usfl": {"average_every": "step"},
 }
-QUICK = (Phase.explicit, Phase.generate)  # examples are small as they are; making one smaller takes minutes
+QUICK = (Phase.explicit, Phase.generate)  # without shrinking: examples are small, and shrinking takes minutes
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("sgd", {}),
     ("sgd", {"weight_decay": 0.1}),
     ("sgd", {"momentum": 0.9}),
-    ("adam", {"eps": 1e-3}),  # a smaller one would make steps of gradients that are nothing but rounding
+    ("adam", {"eps": 1e-3}),  # a smaller eps would make steps from gradients that consist only of rounding errors
 ]
 
 
 def net(norm: bool, dropout: float) -> nn.Module:
-    """Features [n, 3] -> scores [n, 4]; the same layers on both sides of cut 3, smooth ones."""
+    """Features [n, 3] -> scores [n, 4]; the same smooth layers on both sides of cut 3."""
 
     def block(inputs: int) -> list[nn.Module]:
-        # A bias before normalisation has no gradient but rounding. With the usual epsilon two rows that are nearly
-        # equal make a thousand times as much of a rounding error, step after step.
+        # The gradient of a bias before normalisation consists only of rounding errors. With the usual epsilon, two
+        # nearly equal rows would amplify a rounding error a thousandfold in every step.
         normed = nn.BatchNorm1d(4, eps=0.1) if norm else nn.Identity()
         return [nn.Linear(inputs, 4, bias=not norm), normed, nn.Tanh(), nn.Dropout(dropout)]
 
@@ -53,7 +53,7 @@ def net(norm: bool, dropout: float) -> nn.Module:
 
 
 def agree(algorithm: str, sizes: Sequence[int], *, data_shape: tuple[int, ...] = (3,), **options: Any) -> None:
-    """Both engines: losses and scores of a run, and in the end all parameters and buffers, up to rounding."""
+    """Runs both engines; losses, scores and the final parameters and buffers are equal up to rounding."""
     runs, losses = [], []
     for engine in ("local", "stacked"):
         run = Run(
@@ -89,7 +89,7 @@ def agree(algorithm: str, sizes: Sequence[int], *, data_shape: tuple[int, ...] =
 @example([7, 8, 7], 4, True, 0.0, OPTIMIZERS[0], 1.0, None, True, "lowered", 0)
 @example(
     [6, 7, 6, 3], 4, True, 0.4, OPTIMIZERS[1], 1.0, 2, False, "lowered", 0
-)  # neighbours and others; passes that run twice
+)  # clients that are neighbours and others; forward passes that run twice
 def test_engines_agree(
     algorithm: str,
     sizes: list[int],
@@ -103,9 +103,9 @@ def test_engines_agree(
     way: Way,
     seed: int,
 ) -> None:
-    """Also in groups of two clients, and where forward passes run twice for want of memory."""
+    """Also in groups of two clients, and with forward passes that run twice to save memory."""
     norm = norm and algorithm not in DRAWN_TOGETHER
-    if norm:  # which a batch of one row does not have
+    if norm:  # batch normalisation refuses batches of one row
         sizes = [n + (n % batch == 1) for n in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Choice, "_stacking", lambda *_: Stacking(way, chunk, keep))
@@ -118,14 +118,14 @@ def test_engines_agree(
 
 
 def test_unequal_clients_of_a_small_model_with_batch_normalisation() -> None:
-    """Last batches of 3, 4 and 3 rows: clients 0 and 2 step as a copy, before client 1's backward pass."""
+    """Last batches of 3, 4 and 3 rows: clients 0 and 2 step as one copy, before the backward pass of client 1."""
     small = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
     agree("psl", [7, 8, 7], model=small, cut="1", batch=4, rounds=2, client_optimizer="sgd")
 
 
 @pytest.mark.long
 def test_unequal_clients_of_the_papers_model() -> None:
-    """ResNet16, label skew, on the engine that runs by itself."""
+    """ResNet16 with label skew, on the engine that is chosen automatically."""
     options: dict[str, Any] = {
         "algorithm": "psl", "data": "digits", "model": "resnet16", "clients": 5, "partition": "dirichlet",
         "samples_per_client": 12, "seed": 1, "rounds": 1, "test": 20, "validation": 20,
@@ -139,7 +139,7 @@ def test_unequal_clients_of_the_papers_model() -> None:
 
 
 class Spectral(nn.Module):
-    """Features [n, 6], each frequency multiplied by a complex weight: [n, 6]."""
+    """Features [n, 6] -> [n, 6]; each frequency is multiplied by a complex weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def with_complex_weights(algorithm: str, optimizer: str, **options: Any) -> dict
 QUICK_WITH_COMPLEX = [("psl", "adam", {}), ("sfl", "sgd", {}), ("sflv1", "adam", {}), ("fl", "sgd", {"momentum": 0.9})]
 
 
-@pytest.mark.filterwarnings("ignore:the FLOPs")  # torch's counter does not know of Fourier transforms
+@pytest.mark.filterwarnings("ignore:the FLOPs")  # torch's counter does not know Fourier transforms
 @pytest.mark.parametrize(("algorithm", "optimizer", "more"), QUICK_WITH_COMPLEX)
 def test_complex_weights(algorithm: str, optimizer: str, more: dict[str, float]) -> None:
     agree(
@@ -185,7 +185,7 @@ def test_complex_weights_with_every_algorithm(algorithm: str, optimizer: str) ->
 @pytest.mark.filterwarnings("ignore:the FLOPs")
 @pytest.mark.parametrize("algorithm", sorted(TAKE_TURNS | IN_STEP | {"cl"}))
 def test_complex_weights_of_models_that_are_not_stacked(algorithm: str) -> None:
-    """The imaginary parts move, too, except those of the two frequencies that have none."""
+    """The imaginary parts are trained too, except for the two frequencies that have none."""
     options = with_complex_weights(algorithm, "adam")
     run = Run(algorithm=algorithm, data=source([8, 8], (6,)), clients=2, precision="float64", **options)
     before = run.model(client="average").state_dict()

@@ -1,4 +1,4 @@
-"""A rank's server goes on while the gradients of other ranks are under way, and steps before anything depends on it."""
+"""The server of a rank continues while other ranks' gradients are in transit, and steps before its result is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEATURES, RATE = 3, 0.5
 
 
 class Far(World):
-    """Two ranks, the other of which answers when it is waited for, with gradients and losses of zero."""
+    """A world of two ranks. The other rank answers when this one waits for it; its gradients and losses are zero."""
 
     def __init__(self) -> None:
         super().__init__(0, 2)
@@ -54,7 +54,7 @@ SPREAD = partial(rows, Spread, mine=(0, 1), counting=(1, 3))
 
 
 class Upper(nn.Linear):
-    """The server's part."""
+    """The server's part of the model."""
 
     def forward(self, rows: tuple[Tensor, ...]) -> Tensor:
         return super().forward(rows[0])
@@ -69,7 +69,7 @@ SGD = MakeOptimizer("sgd", torch.optim.SGD, RATE)
 
 
 def replica() -> tuple[ReplicaServer, Far]:
-    """Of two ranks' clients 0 and 1, this rank has both."""
+    """The server of a rank that has both clients of a run on two ranks."""
     world, server = Far(), ReplicaServer(model(), SGD, RATE)
     sharing = Sharing(world, cast(Any, None), (range(2), range(2, 2)), cast(Any, None), apart=True)
     server.share_by(sharing, (torch.zeros(1, FEATURES),))

@@ -1,4 +1,4 @@
-"""The seam: batches, rows and owners, the ledger's bytes, sampling of clients, hand-over, averaging, evaluation."""
+"""The seam: batches, rows and owners, bytes in the ledger, sampling of clients, hand-over, averaging, evaluation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Double(nn.Module):
 
 
 def cohort(sizes: list[int], batch: int, width: int = 1, **options: Any) -> tuple[LocalCohort, Samples]:
-    """Clients whose model doubles inputs that name their row: smashed data say where they come from."""
+    """Clients whose model doubles its inputs. The inputs are row numbers, so smashed data identify their rows."""
     n = sum(sizes)
     data = Samples(torch.arange(n, dtype=torch.float64).view(n, 1).expand(n, width).clone(), torch.arange(n))
     net = nn.Sequential(Double(), nn.Linear(width, n).double())
@@ -81,7 +81,7 @@ def test_batches_resume_from_their_clocks(n: int, batch: int, skip: int) -> None
     asked=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True), max_size=12),
 )
 def test_drawing_together_is_drawing_alone(sizes: list[int], batch: int, asked: list[list[int]]) -> None:
-    """Whoever else draws, in whatever order: a client's batches are its own."""
+    """A client's batches depend neither on which other clients draw nor on the order."""
     starts = np.cumsum([0, *sizes])
     rows = [np.arange(starts[k], starts[k + 1]) for k in range(len(sizes))]
     together, alone = Batches(rows, batch, 1), Batches(rows, batch, 1)
@@ -97,7 +97,7 @@ def test_drawing_together_is_drawing_alone(sizes: list[int], batch: int, asked: 
 @settings(max_examples=25, deadline=None)
 @given(sizes=sizes_of_clients, batch=st.integers(1, 7))
 def test_rows_owners_labels_stay_together(sizes: list[int], batch: int) -> None:
-    """Over a whole round: who sent a row owns it, its label is its own, every sample is seen exactly once."""
+    """Over a round: the client that sent a row owns it, a row keeps its label, every sample occurs exactly once."""
     clients, _ = cohort(sizes, batch)
     this = clients.begin_round(0, 1, 1.0)
     starts = np.cumsum([0, *sizes])
@@ -147,8 +147,9 @@ def test_everybody_takes_part_sooner_or_later() -> None:
 
 
 # ---- the ledger -----------------------------------------------------------------------------------------------------
-# mlp cut 0 in float64: a row of smashed data has 8 numbers of 8 bytes = 64 bytes, a label 8 bytes; the client model is
-# 6x8 + 8 = 56 numbers = 448 bytes. Sizes 4, 4, 2 in batches of 4: one step of 10 rows. Held-out: 12 + 12 samples.
+# mlp cut 0 in float64: a row of smashed data has 8 numbers of 8 bytes, which is 64 bytes; a label has 8 bytes. The
+# client model has 6x8 + 8 = 56 numbers, which is 448 bytes. Clients have 4, 4 and 2 samples; with batches of 4, one
+# step has 10 rows. There are 12 + 12 held-out samples.
 
 
 def ledger_of(algorithm: str, **options: Any) -> Ledger:
@@ -162,14 +163,12 @@ def test_bytes_of_psl() -> None:
     assert ledger.total("down", kind="cut gradients") == 10 * 64
     assert ledger.of_clients("up", "smashed data").tolist() == [256, 256, 128]
     assert ledger.total("up") == 720
-    # Evaluation is apart: three client models, or one while they are known to be equal.
+    # Evaluation is counted separately: three client models, or one as long as they are known to be equal.
     assert ledger.total("up", kind="evaluation") == 3 * 24 * (64 + 8)
 
 
 def test_bytes_of_a_common_gradient() -> None:
-    """Clients 0 and 1 or others active (phi=2/3: two of three): the common gradient of 4 rows goes to two, or out
-    once.
-    """
+    """Two of three clients are active (phi = 0.67): the common gradient of 4 rows is sent to both of them, or once."""
     run = train("sgl", make(mlp), [4, 4, 4], (6,), rounds=1, cut="0", phi=0.67)
     ledger = run.training.ledger
     assert ledger.total("down", "wire-unicast") == 4 * 64 + 2 * 4 * 64
@@ -178,14 +177,14 @@ def test_bytes_of_a_common_gradient() -> None:
 
 
 def test_bytes_of_one_gradient_for_all_rows() -> None:
-    """Averaged over clients and rows it is one row: 64 bytes."""
+    """A gradient that is averaged over clients and rows is one row: 64 bytes."""
     ledger = ledger_of("sgl", phi=1.0, average_over="clients-and-rows")
     assert ledger.total("down", "wire-broadcast") == 64
     assert ledger.total("down", "wire-unicast") == 3 * 64
 
 
 def test_bytes_of_averaging() -> None:
-    """SFL: up three client models; down the average, to three (unicast) or once."""
+    """SFL: three client models go up; the average comes down three times (unicast) or once (broadcast)."""
     ledger = ledger_of("sfl")
     assert ledger.total("up", kind="models") == 3 * 448
     assert ledger.total("down", kind="models") == 3 * 448
@@ -194,14 +193,14 @@ def test_bytes_of_averaging() -> None:
 
 
 def test_bytes_of_fedavg() -> None:
-    """The whole model: 56 + 72 + 36 = 164 numbers; nothing else crosses, not even in evaluation."""
+    """The whole model has 56 + 72 + 36 = 164 numbers. Nothing else crosses, not even in evaluation."""
     ledger = train("fl", make(mlp), [4, 4, 2], (6,), rounds=2).training.ledger
     assert ledger.total("up") == ledger.total("down") == 2 * 3 * 164 * 8
     assert ledger.total("up", kind="evaluation") == 0
 
 
 def test_bytes_of_fedavg_with_sampling() -> None:
-    """Who missed an averaging fetches the model when next taking part; who took part has it."""
+    """A client that missed an averaging fetches the model when it next takes part; the others already have it."""
     run = train("fl", make(mlp), [4, 4, 4, 4], (6,), rounds=6, participation=0.5)
     stale: set[int] = set()
     fetched = 0
@@ -215,7 +214,7 @@ def test_bytes_of_fedavg_with_sampling() -> None:
 
 
 def test_bytes_of_averaging_with_sampling() -> None:
-    """Who missed an averaging fetches the model once, before the first of the round's two steps."""
+    """A client that missed an averaging fetches the model once, before the first of the round's two steps."""
     run = train("sfl", make(mlp), [8, 8, 8, 8], (6,), cut="0", rounds=6, participation=0.5)
     stale: set[int] = set()
     fetched = 0
@@ -229,14 +228,14 @@ def test_bytes_of_averaging_with_sampling() -> None:
 
 @pytest.mark.parametrize(("turns", "moves"), [("epoch", 2 + 3), ("batch", 2 + 3)])
 def test_bytes_of_hand_over(turns: str, moves: int) -> None:
-    """One batch each: two hand-overs in round one (the first client has its model), three in round two."""
+    """Clients with one batch each: two hand-overs in round one (the first client has the model), three in round two."""
     ledger = ledger_of("ssl", rounds=2, hand_over=turns)
     assert ledger.total("up", kind="models") == ledger.total("down", kind="models") == moves * 448
     assert ledger.of_clients("down", "models").tolist() == [448, 2 * 448, 2 * 448]
 
 
 def test_who_is_through_is_not_visited_again() -> None:
-    """One batch each in turn; 1, 3 and 2 batches: the model goes 0, 1, 2, then 1, 2, then 1, who keeps it."""
+    """Clients with 1, 3 and 2 batches, one per turn: the model goes to 0, 1, 2, then 1, 2, then 1, where it stays."""
     run = train("ssl", make(mlp), [4, 12, 8], (6,), cut="0", rounds=1, hand_over="batch", visit_order="fixed")
     ledger = run.training.ledger
     assert ledger.of_clients("up", "models").tolist() == [448, 2 * 448, 2 * 448]
@@ -252,18 +251,18 @@ def test_random_visits_differ_from_round_to_round() -> None:
 
 
 def test_bytes_of_handing_over_the_optimizer() -> None:
-    """Momentum: one number per parameter more. Clients 1 and 2 get client 0's and 1's, who have stepped."""
+    """Momentum adds one number per parameter. Clients 1 and 2 receive it from clients 0 and 1, which have stepped."""
     more: dict[str, Any] = {"client_optimizer_options": {"momentum": 0.9}, "hand_over_optimizer": True}
     assert ledger_of("ssl", **more).total("up", kind="models") == 2 * 2 * 448
 
 
 def test_bytes_of_the_u_shape() -> None:
-    """Tail after layer 2: features are 8 numbers as well; labels stay; feature gradients go up."""
+    """With the tail after layer 2, features have 8 numbers too. Labels stay; feature gradients go up."""
     ledger = ledger_of("ussl", tail_cut="2")
     assert ledger.total("up", kind="labels") == 0
     assert ledger.total("down", kind="features") == 640
     assert ledger.total("up", kind="cut gradients") == ledger.total("down", kind="cut gradients") == 640
-    assert ledger.total("up", kind="evaluation") == 24 * 64  # who holds the model, no labels
+    assert ledger.total("up", kind="evaluation") == 24 * 64  # from the client that has the model; no labels
     assert ledger.total("down", kind="evaluation") == 24 * 64
 
 
@@ -273,14 +272,14 @@ def test_tied_weights_cross_once() -> None:
 
 
 def test_bytes_of_central() -> None:
-    """The raw data, once: 10 samples of 6 numbers and a label."""
+    """The raw data cross once: 10 samples of 6 numbers and a label."""
     ledger = train("cl", make(mlp), [4, 4, 2], (6,)).training.ledger
     assert ledger.total("up") == 10 * (6 * 8 + 8)
     assert ledger.total("down") == 0
 
 
 def test_two_tensors_that_cross_are_both_counted() -> None:
-    """A cut inside a residual block: x and f(x) cross, 8 numbers each."""
+    """A cut inside a residual block: x and f(x) both cross, with 8 numbers each."""
     from support import residual
 
     ledger = train("psl", make(residual), [4, 4], (6,), rounds=1, cut="1.first").training.ledger
@@ -304,7 +303,7 @@ def test_metering_changes_nothing(algorithm: str) -> None:
 
 
 def test_averaging_weights_parameters_and_buffers() -> None:
-    """(1 x 1 + 3 x 5) / 4 = 4; integer counters take the largest value."""
+    """(1 x 1 + 3 x 5) / 4 = 4. Integer counters take the largest value."""
     a, b = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     for module, value in ((a, 1.0), (b, 5.0)):
         nn.init.constant_(module.weight, value)
@@ -324,7 +323,7 @@ def test_averaging_equal_models_keeps_them(weights: list[int]) -> None:
 
 
 def test_clients_stay_apart_without_averaging() -> None:
-    """PSL never exchanges client models; SFL does every round."""
+    """PSL never exchanges client models; SFL averages them in every round."""
     psl = train("psl", make(mlp), [6, 6], (6,), cut="2")
     sfl = train("sfl", make(mlp), [6, 6], (6,), cut="2")
     assert difference(client_state(psl, 0), client_state(psl, 1)) > 1e-4
@@ -332,7 +331,7 @@ def test_clients_stay_apart_without_averaging() -> None:
 
 
 def test_sfl_every_step_is_not_every_round() -> None:
-    """Equal starts, one step per round: the same; two steps: not (clients drift in between)."""
+    """From equal starts, the results are equal with one step per round but not with two, as the clients drift apart."""
     runs = {
         (every, n): train("sfl", make(mlp), [n, n], (6,), cut="2", average_every=every)
         for every in ("step", "round")
@@ -361,7 +360,7 @@ def test_independent_starts() -> None:
 
 
 def test_evaluation_is_the_mean_over_client_models() -> None:
-    """Each client's own model with the one server, by hand on the test set."""
+    """Computed by hand on the test set: each client's own model with the one server."""
     run = train("psl", make(conv), [9, 8, 7], (1, 6, 6), cut="2", rounds=30)
     test = run.training.source.test
     accuracies = []
@@ -382,7 +381,7 @@ def test_evaluated_clients_are_drawn() -> None:
 
 
 def test_evaluation_leaves_training_alone() -> None:
-    """Evaluated every round or only at the end: the same training, with dropout and batch normalisation."""
+    """Training is the same if evaluated in every round or only at the end, with dropout and batch normalisation."""
 
     def net() -> nn.Module:
         return nn.Sequential(
@@ -425,13 +424,13 @@ def test_gradients_are_zeroed() -> None:
     ],
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
-    """Five rounds; the step comes at 80 %."""
+    """Five rounds; the step is at 80 %."""
     made = plugins.load("schedule", schedule)()
     assert [made.factor(i / 5) for i in range(5)] == pytest.approx(expected)
 
 
 def test_separate_optimizers_rates_and_schedules() -> None:
-    """The record says with which rates client and server stepped."""
+    """Each record gives the learning rates of the client and the server."""
     run = Run(
         model=make(mlp), data=source([4, 4], (6,)), algorithm="psl", cut="2", clients=2, partition="column", batch=4,
         rounds=5, client_optimizer="sgd", client_lr=0.5, server_optimizer="adamw", server_lr=0.01,
@@ -450,7 +449,7 @@ def test_separate_optimizers_rates_and_schedules() -> None:
     "algorithm", ["cl", "fl", "ssl", "ussl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr", "upsl"]
 )
 def test_not_a_number_names_step_and_client(algorithm: str) -> None:
-    """Client 1's inputs overflow after the first layers: the error says so, at its first step."""
+    """The inputs of client 1 overflow after the first layers. The error reports this at the client's first step."""
     data = source([4, 4, 4], (6,))
     data.train.x[4:8] *= 1e200  # finite, but the product of two such numbers is not
     net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), Square(), nn.Linear(8, 8), nn.Linear(8, 4))
@@ -480,7 +479,7 @@ def test_not_a_number_in_a_later_local_step() -> None:
 
 
 class Square(nn.Module):
-    """x^2: overflows where x does not."""
+    """x^2: may overflow where x does not."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[...] -> [...]."""
@@ -488,7 +487,7 @@ class Square(nn.Module):
 
 
 def test_an_infinite_weight_gradient_is_caught_before_the_step() -> None:
-    """Loss and cut gradient are finite, the client's weight gradient is not: x is huge, the weights are tiny."""
+    """Loss and cut gradient are finite, but the client's weight gradient is not: x is huge and the weights are tiny."""
     data = source([4, 4], (6,))
     data.train.x[4:8] = 1e308
     net = make(mlp)
@@ -510,7 +509,7 @@ def test_smashed_data_know_their_owner() -> None:
 
 
 def test_rounding_does_not_depend_on_where_rows_lie() -> None:
-    """Aligned rows give a layer's gradient the same bits, wherever they came from."""
+    """With aligned rows, a layer's gradient has the same bits wherever the rows were in memory."""
     g = torch.Generator().manual_seed(0)
     x, w, gradient = (torch.randn(*s, generator=g) for s in ((8, 128), (10, 128), (8, 10)))
     found = set()

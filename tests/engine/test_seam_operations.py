@@ -1,4 +1,4 @@
-"""What the seam and the server offer beyond the built-in algorithms, used as an algorithm from outside would use it."""
+"""Operations of the seam and the server that no built-in algorithm uses, called as an outside algorithm would."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class UShapedPsl(Scaled):
 
 @algorithm("local-loss", title="Local losses", needs={FORWARD, LEARN, AVERAGE})
 class LocalLoss(Algorithm):
-    """Clients train on their heads' loss; every `upload_every`-th batch goes up; models are averaged per round."""
+    """Clients train on the loss of their heads. Every `upload_every`-th batch goes up. A round ends with averaging."""
 
     upload_every: int = option(1, ge=1)
 
@@ -60,9 +60,10 @@ class LocalLoss(Algorithm):
 
 
 def test_several_u_shaped_clients_are_parallel_split_learning() -> None:
-    """With the same rates the tail trains as if it were the server's: losses of every step, and the lower parts.
+    """With equal rates, the tails train as if they belonged to the server.
 
-    The tails differ per client, as each steps with its own gradient; for one step from equal starts the server agrees.
+    The lower layers and the middle are equal after one step from equal starts. The tails differ between clients, since
+    each tail steps with its own gradient.
     """
     options: dict[str, Any] = {"cut": "0", "rounds": 1}
     u = train(UShapedPsl, make(mlp), [4, 4, 4], (6,), tail_cut="2", **options)
@@ -83,7 +84,7 @@ def test_unequal_u_shaped_clients_count_by_their_rows() -> None:
 
 @algorithm("known-head", title="Known head", needs={FORWARD, LEARN, AVERAGE})
 class Known(LocalLoss):
-    """The head is a copy of the server's part."""
+    """Its head is a copy of the server's part."""
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
         server = copy.deepcopy(make(mlp)[3:])
@@ -101,7 +102,7 @@ class Known(LocalLoss):
 
 
 def test_a_head_that_is_the_server_makes_a_local_loss_split_learning() -> None:
-    """One client, every batch uploaded: sequential split learning, without a gradient from the server."""
+    """If its one client uploads every batch, this is sequential split learning without a gradient from the server."""
     own_loss = train(Known, make(mlp), [10], (6,), cut="2")
     split = train("ssl", make(mlp), [10], (6,), cut="2")
     lower = {n: t for n, t in client_state(own_loss).items() if not n.startswith("auxiliary.")}
@@ -110,8 +111,8 @@ def test_a_head_that_is_the_server_makes_a_local_loss_split_learning() -> None:
 
 
 def test_local_steps_between_uploads() -> None:
-    """8 samples in batches of 2: with every second batch uploaded, two server steps in a round, and half of the bytes;
-    nothing comes down but averaged models. Every client takes four steps in either case.
+    """8 samples in batches of 2. If every second batch is uploaded, a round has two server steps and half of the bytes;
+    only averaged models come down. Every client takes four steps in either case.
     """
     options: dict[str, Any] = {"cut": "2", "batch": 2}
     runs = {n: train(LocalLoss, make(mlp), [8, 8], (6,), upload_every=n, **options) for n in (1, 2)}
@@ -132,7 +133,7 @@ def test_heads_are_averaged_with_their_models() -> None:
 
 @algorithm("understated", title="Understated", needs={FORWARD})
 class Understated(UShapedPsl):
-    """Calls more than it says."""
+    """Calls more verbs than it declares."""
 
 
 def test_a_verb_that_is_not_needed_is_refused() -> None:
@@ -149,7 +150,7 @@ def copies_round(server: Server, clients: Cohort) -> Iterator[Step]:
 
 @algorithm("undeclared-copies", title="Undeclared copies", needs={FORWARD, BACKWARD})
 class UndeclaredCopies(Algorithm):
-    """Steps copies of the server, and does not say so."""
+    """Steps copies of the server without declaring it."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         yield from copies_round(server, clients)
@@ -157,7 +158,7 @@ class UndeclaredCopies(Algorithm):
 
 @algorithm("undeclared-averaging", title="Undeclared averaging", needs={FORWARD, BACKWARD, AVERAGE})
 class UndeclaredAveraging(Algorithm):
-    """Averages copies of the server, and does not say so."""
+    """Averages copies of the server without declaring it."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         server.average_copies(sample_weights(clients, this.clients))
@@ -166,7 +167,7 @@ class UndeclaredAveraging(Algorithm):
 
 @algorithm("undeclared-turns", title="Undeclared turns", needs={FORWARD, BACKWARD, STEP_COPIES})
 class UndeclaredTurns(Algorithm):
-    """Steps on one client's rows after another's, and does not say so."""
+    """Steps on the rows of one client after another without declaring it."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         while smashed := clients.forward():
@@ -191,7 +192,7 @@ def test_what_is_asked_of_the_server_must_be_declared_too(made: Any, call: str, 
 
 @algorithm("late-copies", title="Late copies", needs={FORWARD, BACKWARD, STEP_COPIES})
 class LateCopies(Algorithm):
-    """One server for all in the first round; then each client gets a copy of it."""
+    """In the first round, all clients share one server; later, each client gets a copy of it."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         if this.index:
@@ -215,7 +216,7 @@ def test_copies_start_from_the_trained_server_on_both_engines() -> None:
 
 @algorithm("copies-at-once", title="Copies at once", needs={FORWARD, BACKWARD, STEP_COPIES})
 class CopiesAtOnce(Algorithm):
-    """Averages the copies before any has stepped."""
+    """Averages the copies before any of them has stepped."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         server.average_copies(sample_weights(clients, this.clients))
@@ -232,7 +233,7 @@ def test_copies_can_be_averaged_before_they_step() -> None:
 
 @algorithm("falsely-averaged", title="Falsely averaged", needs={FORWARD, BACKWARD, AVERAGE})
 class FalselyAveraged(Algorithm):
-    """Says that it averages after every step by numbers of samples, but averages one client's model."""
+    """Claims to average by sample counts after every step, but averages only one client's model."""
 
     @property
     def averages_every_step(self) -> bool:
@@ -272,14 +273,14 @@ def test_an_engine_that_lacks_a_verb_is_refused_or_not_chosen(monkeypatch: pytes
 
 
 def test_virtual_time_of_local_steps() -> None:
-    """Every client computes all its batches, whether they are uploaded or not; fewer uploads take less time."""
+    """Every client computes all its batches, uploaded or not. Fewer uploads take less time."""
     fleet: dict[str, Any] = {"client_device": "raspberry-pi-4", "link": "lte"}
     common: dict[str, Any] = {"cut": "2", "batch": 2, **fleet}
     seldom = train(LocalLoss, make(mlp), [8, 6], (6,), upload_every=2, **common)
     often = train(LocalLoss, make(mlp), [8, 6], (6,), upload_every=1, **common)
     psl = train("psl", make(mlp), [8, 6], (6,), **common)
     for run in (seldom, often):
-        heads = 2 * np.array([8, 6]) * 3 * 2 * 8 * 4  # two rounds; forward, and back to weights and rows: 8 x 4
+        heads = 2 * np.array([8, 6]) * 3 * 2 * 8 * 4  # two rounds; forward, backward to weights and rows; 8 x 4
         assert run.training.clock.flops == pytest.approx(psl.training.clock.flops + heads)
     assert seldom.training.clock.now < often.training.clock.now
 
@@ -289,7 +290,7 @@ def server_of(seed: int = 0) -> Server:
 
 
 class Upper(nn.Module):
-    """A server's part: rows [R, 6] to scores [R, 4], with batch normalisation."""
+    """The server's part: rows [R, 6] -> scores [R, 4], with batch normalisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +321,7 @@ def test_running_statistics_are_used_and_kept() -> None:
     before = copy.deepcopy(server.model.state_dict())
     server.gradients(sent(), running_statistics=True)
     assert all(torch.equal(t, before[n]) for n, t in server.model.state_dict().items())
-    assert server.step(sent()).gradient[0].shape == (9, 6)  # and training mode is back
+    assert server.step(sent()).gradient[0].shape == (9, 6)  # the server is back in training mode
     assert not torch.equal(server.model.state_dict()["layers.0.running_mean"], before["layers.0.running_mean"])
 
 
@@ -343,7 +344,7 @@ def test_mean_losses_of_all_rows_and_of_each_clients(sizes: tuple[int, ...]) -> 
 
 
 def test_a_loss_of_ones_own() -> None:
-    """Logit adjustment by a constant changes nothing; by a prior it moves the gradient, whose rows still sum to 0."""
+    """Logit adjustment by a constant changes nothing. By a prior, it changes the gradient."""
     prior = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
 
     def adjusted(shift: Tensor) -> Any:

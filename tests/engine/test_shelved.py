@@ -1,4 +1,4 @@
-"""Clients whose states lie on disk train as clients in memory do, to the bit, and go on from either's checkpoint."""
+"""Clients with states on disk train exactly as clients in memory, and either resumes from the other's checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLIENTS = 8
 
 
 def model() -> nn.Module:
-    """With running statistics, dropout, and an image whose channels may come last."""
+    """A model with running statistics, dropout, and images whose channels may come last."""
     return nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(48, 6), nn.ReLU(),
         nn.Linear(6, 3),
@@ -48,14 +48,14 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def options(algorithm: str, **more: Any) -> dict[str, Any]:
-    """A short run in which some clients take part at a time."""
+    """A short run in which only some clients take part in a round."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     few: dict[str, Any] = {"clients": CLIENTS, "participation": 0.4, "batch": 5, "rounds": 4, "tune": "off"}
     return {"algorithm": algorithm, "client_optimizer": "adam", **few, "test": 0.1, "validation": 0.0, **cut, **more}
 
 
 def made(where: str, algorithm: str, **more: Any) -> Run:
-    """A run whose clients' states lie there."""
+    """A run with the clients' states in `where`: memory, disk or auto."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Run(model=model, data=data(), client_states=where, **options(algorithm, **more))
@@ -67,7 +67,7 @@ def scores(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_equal(a: Run, b: Run) -> None:
-    """Models, optimisers' sizes and scores are equal to the bit."""
+    """Models, sizes of optimisers and scores are equal bit for bit."""
     for k in range(CLIENTS):
         mine, theirs = a.training.clients.model_state(k), b.training.clients.model_state(k)
         assert mine.keys() == theirs.keys()
@@ -97,7 +97,7 @@ engines = pytest.mark.parametrize("engine", ["stacked"])
 @engines
 @cases
 def test_equals_memory(algorithm: str, more: dict[str, Any], engine: str) -> None:
-    """The same numbers, to the bit."""
+    """Disk and memory give the same numbers, bit for bit."""
     runs = [made(where, algorithm, engine=engine, **more) for where in ("memory", "disk")]
     assert [run.training.place is None for run in runs] == [True, False]
     assert [run.training.engine for run in runs] == [engine] * 2
@@ -120,7 +120,7 @@ def interrupted(out: Path, where: str, algorithm: str, **more: Any) -> None:
 @pytest.mark.parametrize(("first", "then"), [("disk", "disk"), ("disk", "memory"), ("memory", "disk")])
 @pytest.mark.parametrize("algorithm", ["psl", "sflv1"])
 def test_goes_on_from_either(algorithm: str, first: str, then: str, engine: str, tmp_path: Path) -> None:
-    """A resumed run ends as the uninterrupted one, wherever its states lie before and after."""
+    """A resumed run ends like the uninterrupted one, whether its states are on disk or in memory, before and after."""
     whole = made("memory", algorithm, engine=engine)
     whole.run()
     interrupted(tmp_path / "run", first, algorithm, engine=engine)
@@ -131,8 +131,8 @@ def test_goes_on_from_either(algorithm: str, first: str, then: str, engine: str,
 
 
 def test_no_moment_leaves_a_torn_state(tmp_path: Path) -> None:
-    """What lies on disk at any step, or before a step and before the checkpoint of a round is in place, can be resumed:
-    a process that is killed there loses nothing.
+    """A process can be killed at any step, also before the checkpoint of a round is in place: the run's folder, copied
+    after every step, can always be resumed without loss.
     """
     run = made("disk", "psl", out=tmp_path / "run", engine="stacked", checkpoint_every=1, rounds=2)
     kept: list[Path] = []
@@ -151,7 +151,7 @@ def test_no_moment_leaves_a_torn_state(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one before it holds: its rows are still there though the files were made ready for the next."""
+    """The previous checkpoint stays valid: its rows remain, though the files were prepared for the next one."""
     whole = made("memory", "sflv1", engine="stacked")
     whole.run()
     run = made("disk", "sflv1", out=tmp_path / "run", engine="stacked", checkpoint_every=1)
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_not_written(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_models_that_differ_from_the_start(tmp_path: Path) -> None:
-    """They are on disk before the run has a folder, and go there with it, whatever a killed attempt left there."""
+    """They are on disk before the run has a folder, and move into it. What a killed attempt left there does no harm."""
     whole = made("memory", "psl", engine="stacked", start="independent")
     whole.run()
     interrupted(tmp_path / "run", "disk", "psl", engine="stacked", start="independent")
@@ -194,7 +194,7 @@ def test_models_that_differ_from_the_start(tmp_path: Path) -> None:
 
 
 def test_some_of_many_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all would be too many, a trained model has those of some clients, and the average of all."""
+    """If all models would be too many, a trained model has those of some clients, and the average of all."""
     whole = made("memory", "psl", engine="stacked", eval_clients=3)
     whole.run()
     monkeypatch.setattr(stacked, "_HELD", 600)
@@ -216,7 +216,7 @@ def test_some_of_many_models_are_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
-    """They are safetensors files in the run's folder, which hold what the clients' models are; and no others."""
+    """The run's folder has safetensors files with the clients' models, and no files that are not needed."""
     run = made("disk", "psl", out=tmp_path / "run", engine="stacked")
     run.run()
     files = sorted(path.name for path in (tmp_path / "run" / "states").iterdir())
@@ -236,7 +236,7 @@ def model_of(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_scratch_files_go_with_the_run() -> None:
-    """A run without a folder leaves nothing behind."""
+    """A run without a folder removes its files when it is deleted."""
     run = made("disk", "psl", engine="stacked")
     run.run()
     place = run.training.place
@@ -249,7 +249,7 @@ def test_scratch_files_go_with_the_run() -> None:
 
 
 def test_auto_goes_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On disk where the states may not fit, and said; in memory else, and where there is one model for all."""
+    """States go to disk, with a remark, if they may not fit in memory; not if they fit."""
     assert made("auto", "psl").training.place is None
     monkeypatch.setattr(states, "room", lambda device: 1000)
     run = made("auto", "psl")
@@ -260,7 +260,7 @@ def test_auto_goes_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_local_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It refuses what it cannot do, however it was chosen; and if memory may be short, it does not claim the disk."""
+    """It refuses states on disk, however it was chosen. If memory may be short, it does not claim to use the disk."""
     for algorithm, engine in (("psl", "local"), ("ssl", "auto")):
         with pytest.raises(ConfigError, match=f"no effect on the local engine, which runs {algorithm} here"):
             made("disk", algorithm, engine=engine)
@@ -272,7 +272,7 @@ def test_the_local_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A sentence; and the run goes on once there is room."""
+    """The error is one sentence, and the run can be resumed once there is space."""
     run = made("disk", "psl", out=tmp_path / "run", engine="stacked", checkpoint_every=1)
 
     def full(*_: object) -> None:
@@ -290,7 +290,7 @@ def test_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def shelf(place: StatesFolder, clients: int = 5) -> Shelf:
-    """Two tensors for each client, one of them in an order of its own."""
+    """Two tensors for each client, one of them with its own memory layout."""
     found = Shelf(place, "some", clients)
     found.add("a", torch.zeros(3))
     found.add("b", torch.arange(6.0).view(2, 3).t())
@@ -298,7 +298,7 @@ def shelf(place: StatesFolder, clients: int = 5) -> Shelf:
 
 
 def test_rows_of_a_checkpoint_stay(tmp_path: Path) -> None:
-    """A state gives back what was there, whatever was written after it; rows of old states are used again."""
+    """A state returns its rows whatever was written later. Rows of old states are reused."""
     place = StatesFolder()
     place.settle(tmp_path, begin=True)
     one, who = shelf(place), np.array([1, 3])
@@ -316,9 +316,9 @@ def test_rows_of_a_checkpoint_stay(tmp_path: Path) -> None:
     one.state()
     one.put(who, {"a": torch.full((2, 3), 3.0)})
     before = shelf(place)
-    before.load(kept, "it")  # of the checkpoint before the last: that may not be in place yet
+    before.load(kept, "it")  # from the checkpoint before the last, as the last may not be in place yet
     assert torch.equal(before.take("a", np.arange(5))[:, 0], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]))
-    for value in range(30):  # a state each time: the file holds three of them at most
+    for value in range(30):  # a state each time, but the file holds at most three of them
         one.put(np.arange(5), {"a": torch.full((5, 3), float(value))})
         one.state()
     assert one._files["a"].capacity == 64
@@ -332,7 +332,7 @@ def test_rows_of_a_checkpoint_stay(tmp_path: Path) -> None:
 
 
 def test_common_rows_need_no_room(tmp_path: Path) -> None:
-    """Clients that are given one row have none of their own, and what is dropped is free for others."""
+    """Clients with a common row have no rows of their own, and dropped rows become free for others."""
     place = StatesFolder()
     place.settle(tmp_path, begin=True)
     one = shelf(place, 200)
@@ -350,7 +350,7 @@ def test_common_rows_need_no_room(tmp_path: Path) -> None:
 
 
 def test_growing_that_was_interrupted(tmp_path: Path) -> None:
-    """A file that has more rows than its header says is used; another's is refused."""
+    """A file with more rows than its header says is used; a file of another tensor is refused."""
     place = StatesFolder()
     place.settle(tmp_path, begin=True)
     one = shelf(place)
@@ -383,7 +383,7 @@ def test_growing_that_was_interrupted(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_damaged_states(change: Callable[[dict[str, Any]], object], sentence: str, tmp_path: Path) -> None:
-    """Each is refused with the reason."""
+    """Each damaged state is refused with the reason."""
     place = StatesFolder()
     place.settle(tmp_path, begin=True)
     one = shelf(place)
@@ -395,7 +395,7 @@ def test_damaged_states(change: Callable[[dict[str, Any]], object], sentence: st
 
 
 def test_files_are_named_within_the_folder(tmp_path: Path) -> None:
-    """A checkpoint that names files elsewhere is refused."""
+    """A checkpoint that names files outside the run's folder is refused."""
     place = StatesFolder()
     place.settle(tmp_path, begin=True)
     one = shelf(place)
@@ -410,7 +410,7 @@ def test_files_are_named_within_the_folder(tmp_path: Path) -> None:
 
 
 def test_ranks_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several processes the disk is never chosen (and refused where it is asked for, see test_distributed)."""
+    """With several processes, the disk is never chosen. If asked for, it is refused: see test_distributed."""
     parts = made("memory", "psl").training
     monkeypatch.setattr(states, "world", lambda: World(0, 2))
     monkeypatch.setattr(states, "room", lambda device: 1000)
@@ -418,6 +418,6 @@ def test_ranks_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def placed_with(training: Training, where: str) -> tuple[object, str]:
-    """What is decided for a training whose states are to lie there."""
+    """The place, and the remark about it, that are chosen for a training with these client_states."""
     config = RunConfig.of({"algorithm": "psl", "client_states": where, "clients": CLIENTS})
     return states.placed(config, training.parts, training.algorithm.traits, "stacked")

@@ -41,7 +41,7 @@ algorithms = pytest.mark.parametrize(("algorithm", "options"), STACKED, ids=[f"{
 
 
 def both(steps: int, other: str = "stacked", **options: Any) -> tuple[Run, Run]:
-    """The same run on two engines for this number of steps; records are compared on the way."""
+    """Runs the same training on two engines for this number of steps, and compares their records."""
     runs = tuple(Run(engine=engine, **options) for engine in ("local", other.replace("union", "auto")))
     assert [run.training.engine for run in runs] == ["local", other]
     for (a, b), _ in zip(zip(*runs, strict=True), range(steps), strict=False):
@@ -53,7 +53,7 @@ def both(steps: int, other: str = "stacked", **options: Any) -> tuple[Run, Run]:
 
 
 def worst(a: Run, b: Run) -> float:
-    """Largest difference of all weights and buffers, relative to the largest one."""
+    """Largest difference of all weights and buffers, relative to the largest value."""
     clients = range(len(a.training.clients.samples))
     pairs = [(client_state(a, k), client_state(b, k)) for k in clients] + [(server_state(a), server_state(b))]
     scale = max((v.abs().max().item() for x, _ in pairs for v in x.values()), default=1.0)
@@ -61,24 +61,25 @@ def worst(a: Run, b: Run) -> float:
 
 
 def small(**options: Any) -> dict[str, Any]:
-    """Options of a small run on random features, judged at its end alone."""
+    """Options of a small run on random features that is evaluated only at its end."""
     common = {"partition": "column", "precision": "float64", "batch": 4, "rounds": 8, "client_lr": 0.01}
     return {**common, "eval_every": 100, **options}
 
 
 EQUAL, UNEQUAL = [8, 8, 8], [10, 5, 7, 1]
-# Every model with unequal clients, which have all that equal ones have; those two ways of stacking a layer with both.
+# Every model has unequal clients, which also cover what equal clients have. Two models, one for each way of stacking a
+# layer, also have equal clients.
 SIZED = [(*m[1:], UNEQUAL) for m in MODELS] + [(*m[1:], EQUAL) for m in MODELS if m[0] in ("mlp cut 2", "conv cut 2")]
 
 
 @pytest.fixture(autouse=True)
 def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies are computed together wherever they can be, also where each by itself is mostly the quicker way."""
+    """Copies are computed together wherever possible, even where computing each by itself is usually faster."""
     monkeypatch.setattr(Choice, "_usual", lambda self, side, layout: self._verdict(side, layout).ways[0])
 
 
 def computed(monkeypatch: pytest.MonkeyPatch, way: Way, **how: Any) -> None:
-    """Copies are computed in that way, and as `how` says else."""
+    """Copies are computed in this way, with the options in `how`."""
     monkeypatch.setattr(Choice, "_usual", lambda *_: way)
     monkeypatch.setattr(Choice, "_stacking", lambda self, side, way: Stacking(way, **how))
 
@@ -101,7 +102,7 @@ def test_small_models(
 
 
 def zoo(steps: int, algorithm: str, options: dict[str, Any], name: str) -> float:
-    """Batch normalisation (buffers too) and dropout (masks too), default cuts, 3 of 4 clients take part."""
+    """Batch normalisation (with buffers) and dropout (with masks), default cuts, 3 of 4 clients in each round."""
     a, b = both(
         steps, algorithm=algorithm, model=name, data="digits", clients=4, samples_per_client=7, batch=3, rounds=7,
         participation=0.75, precision="float64", test=30, eval_every=100, **options,
@@ -109,7 +110,8 @@ def zoo(steps: int, algorithm: str, options: dict[str, Any], name: str) -> float
     return worst(a, b)
 
 
-# Every algorithm on pictures; one of each kind with dropout, and without convolutions. resnet16 has slow tests.
+# All algorithms run on images with the cnn; one algorithm of each kind also runs with dropout and without convolutions.
+# The tests of resnet16 are slow.
 SOME = [case for case in STACKED if case[0] in ("psl", "sflv2", "sflv3") or case[1].get("local_steps")]
 PLACES = [*((*c, "cnn", 10) for c in STACKED), *((*c, "alexnet", 4) for c in SOME), *((*c, "mlp", 10) for c in SOME)]
 
@@ -136,7 +138,7 @@ def test_twenty_steps_of_large_models(algorithm: str, options: dict[str, Any], n
 )
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
 def test_optimizers(optimizer: str, algorithm: str) -> None:
-    """With state per client, whose clocks differ: unequal clients, sampled."""
+    """Each client has its own optimiser state and clock: clients are unequal and sampled."""
     more: dict[str, Any] = {"sgd": {"momentum": 0.9, "weight_decay": 0.01}}.get(optimizer, {})
     cut = {} if algorithm == "fl" else {"cut": "2"}
     a, b = both(
@@ -151,7 +153,7 @@ def test_optimizers(optimizer: str, algorithm: str) -> None:
     [("sgd", {}), ("sgd", {"momentum": 0.9}), ("adam", {}), ("rmsprop", {}), ("adagrad", {}), ("radam", {})],
 )
 def test_a_clients_state_weighs_what_it_weighs_alone(optimizer: str, more: dict[str, Any]) -> None:
-    """Model and optimiser, step counters included, of clients that have taken different numbers of steps."""
+    """Model and optimiser, with its step counters, of clients that have taken different numbers of steps."""
     a, b = both(
         9, algorithm="sglr", model=make(mlp), data=source([10, 5, 7], (6,)), clients=3, cut="2",
         **small(client_optimizer=optimizer, client_optimizer_options=more),
@@ -164,7 +166,7 @@ def test_a_clients_state_weighs_what_it_weighs_alone(optimizer: str, more: dict[
 @pytest.mark.parametrize(("algorithm", "engine"), [("sflv3", "local"), ("sfl", "stacked")])
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_a_rule_that_is_not_elementwise(algorithm: str, engine: str, side: str) -> None:
-    """It matters for the server only where it keeps copies, which are stacked."""
+    """On the server, this matters only for copies, which are stacked."""
     options: dict[str, Any] = {f"{side}_optimizer": "adafactor"}
     if side == "client":
         options["server_optimizer"], engine = "adam", "local"
@@ -179,7 +181,7 @@ def test_a_rule_that_is_not_elementwise(algorithm: str, engine: str, side: str) 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
 def test_gradient_ascent(algorithm: str) -> None:
-    """Gradient descent with the other sign."""
+    """Gradient descent with the opposite sign."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     a, b = both(
         6, algorithm=algorithm, model=make(mlp), data=source([10, 5, 7], (6,)), clients=3,
@@ -189,7 +191,7 @@ def test_gradient_ascent(algorithm: str) -> None:
 
 
 class Twice(nn.Module):
-    """One layer used twice: the gradient of its weights comes in two parts."""
+    """One layer used twice, so the gradient of its weights has two parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +204,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("algorithm", ["fl", "psl", "sfl", "sflv1", "sflv2", "sflv3", "sglr"])
 def test_plain_descent_with_weight_decay(algorithm: str) -> None:
-    """Weights decay once a step, on both sides of the cut, and so much that forgetting it shows."""
+    """Weights decay once per step on both sides of the cut, strongly enough that forgetting it would show."""
     options: dict[str, Any] = {
         "algorithm": algorithm, "model": make(lambda: nn.Sequential(*with_layer(Twice()), nn.Tanh(), nn.Linear(4, 4))),
         "data": source([10, 5, 7], (6,)), "clients": 3, **({} if algorithm == "fl" else {"cut": "1"}),
@@ -240,7 +242,7 @@ def test_float32(algorithm: str) -> None:
 
 
 def test_independent_starts_and_scores() -> None:
-    """Different models per client; evaluations agree client by client."""
+    """Clients start from different models, and the evaluations agree client by client."""
     options: dict[str, Any] = {
         "algorithm": "psl",
         "model": mlp,
@@ -263,7 +265,7 @@ def test_independent_starts_and_scores() -> None:
 )
 @pytest.mark.parametrize("sizes", [[8, 8, 8], [10, 5, 7, 1]], ids=["equal", "unequal"])
 def test_one_union_step(algorithm: str, options: dict[str, Any], name: str, sizes: list[int]) -> None:
-    """One local step, then averaging: one step on the union of the batches."""
+    """One local step and then averaging equal one step on the union of the batches."""
     data = source(sizes, (1, 8, 8))
     a, b = both(
         20, other="union", algorithm=algorithm, model=name, data=data, clients=len(sizes), participation=0.75,
@@ -312,7 +314,7 @@ def test_a_single_client(algorithm: str, name: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ["sglr", "fl"])
 def test_evaluating_some_clients(algorithm: str) -> None:
-    """The same clients on every engine, each with the score that it has among all."""
+    """All engines evaluate the same clients, and each client has the same score as when all are evaluated."""
     options: dict[str, Any] = {
         "algorithm": algorithm, "model": "mlp", "data": "digits", "clients": 9, "samples_per_client": 9, "rounds": 3,
     }  # fmt: skip
@@ -332,7 +334,7 @@ def test_evaluating_some_clients(algorithm: str) -> None:
 
 
 class Everything(nn.Module):
-    """Layers of all kinds that are lowered, in the order of their rows' sizes."""
+    """All kinds of layers that are lowered, in the order of their rows' sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +364,7 @@ def test_layers_of_all_kinds(algorithm: str, at: str, optimizer: str) -> None:
         **small(batch=3, rounds=9, client_optimizer=optimizer, **cut),
     )  # fmt: skip
     assert worst(a, b) < 1e-10
-    assert simulated(b)._stack.way == "lowered"  # what fails the proof is computed in another way, and slowly
+    assert simulated(b)._stack.way == "lowered"  # a layer that fails the proof would be computed in another, slower way
 
 
 @pytest.mark.parametrize("algorithm", ["sglr", "fl", "sflv1"])
@@ -372,7 +374,7 @@ def test_layers_of_all_kinds(algorithm: str, at: str, optimizer: str) -> None:
     ids=["kept", "run twice", "each, run twice"],
 )
 def test_in_groups_and_within_memory(algorithm: str, way: Way, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two clients at a time; without memory for graphs forward passes run twice: dropout masks, buffers and all."""
+    """Two clients at a time. Without memory for graphs, forward passes run twice, with the same masks and buffers."""
     computed(monkeypatch, way, chunk=2, keep=keep)
     cut = {} if algorithm == "fl" else {"cut": "conv.9"}
     a, b = both(
@@ -408,7 +410,7 @@ def test_memory_limit_decides_what_is_kept() -> None:
 
 
 def test_bfloat16_is_near_float32() -> None:
-    """Mixed precision: half the bytes cross, the losses agree to two digits, on all engines."""
+    """With mixed precision, half of the bytes cross, and losses agree to two digits on all engines."""
     base: dict[str, Any] = {
         "algorithm": "sglr", "model": "mlp", "data": "digits", "clients": 4, "samples_per_client": 40, "rounds": 4,
         "client_optimizer": "sgd", "client_lr": 0.05,
@@ -448,7 +450,6 @@ class Counted(TorchDispatchMode):
         self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, and call."""
         self.names[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -471,7 +472,7 @@ def operations(clients: int, **options: Any) -> Counter[str]:
 def test_the_number_of_operations_does_not_depend_on_the_number_of_clients(
     algorithm: str, options: dict[str, Any], model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is read ahead, or multiplied out in blocks, for the cache's sake is not counted.
+    # Do not count the operations that read ahead or compute in blocks to make use of the cache.
     for size in ("kernels._NEAR", "descent._BLOCK"):
         monkeypatch.setattr(f"cutlayer.engine.{size}", 1 << 40)
     few, many = (
@@ -484,9 +485,9 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_clients(
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("algorithm", ["psl", "sglr", "sflv1"])
 def test_no_step_waits_for_the_device(algorithm: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would stop an accelerator: reading a number, asking for the positions of something.
+    """An accelerator would have to stop for operations that read a number or ask for positions.
 
-    On the CPU the checks of NaN do read numbers: they are left out here, as they are on an accelerator.
+    On the CPU, the checks for NaN do read numbers. They are left out here, as they are on an accelerator.
     """
     monkeypatch.setattr("cutlayer.server.finite", lambda *_: True)
     monkeypatch.setattr("cutlayer.engine.stacked.finite", lambda *_: True)
@@ -496,7 +497,7 @@ def test_no_step_waits_for_the_device(algorithm: str, model: str, monkeypatch: p
 
 
 class Mixing(nn.Module):
-    """Subtracts the mean over rows: stacked without an error, and wrongly."""
+    """Subtracts the mean over rows: stacking it gives no error, but wrong results."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, d] -> [n, d]."""
@@ -504,7 +505,7 @@ class Mixing(nn.Module):
 
 
 class Gate(nn.Module):
-    """Uses a parameter by hand."""
+    """Uses a parameter directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -516,7 +517,7 @@ class Gate(nn.Module):
 
 
 class Branch(nn.Module):
-    """Does different things with different values."""
+    """Takes different branches for different values."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 8] -> [n, 8]."""
@@ -524,7 +525,7 @@ class Branch(nn.Module):
 
 
 class Replacing(nn.Module):
-    """Replaces its buffer by another one in each forward pass."""
+    """Replaces its buffer by a new one in each forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -537,7 +538,7 @@ class Replacing(nn.Module):
 
 
 def shared_norm() -> nn.Module:
-    """One normalisation used twice."""
+    """One normalisation that is used twice."""
     norm = nn.BatchNorm1d(8, affine=False)
     return nn.Sequential(norm, nn.Linear(8, 8), norm)
 
@@ -549,7 +550,7 @@ def with_layer(layer: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("layer", [Mixing(), Gate()])
 def test_what_is_not_lowered_is_mapped(layer: nn.Module) -> None:
-    """Parameters used by hand and rows mixed by hand: vmap keeps the clients apart."""
+    """Parameters used directly, and operations that mix rows: vmap keeps the clients apart."""
     a, b = both(
         20, algorithm="sglr", model=with_layer(layer).double(), cut="1", data=source([8, 8, 8], (6,)), clients=3,
         **small(client_optimizer="sgd"),
@@ -598,7 +599,7 @@ def test_automatic_choice_is_stacked() -> None:
 
 
 class Flattened(nn.Module):
-    """Takes it for granted how the convolution's output lies in memory."""
+    """Relies on the memory layout of the convolution's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -613,7 +614,7 @@ class Flattened(nn.Module):
 @pytest.mark.parametrize("algorithm", ["sglr", "ssl", "sflv3", "fl"])
 @pytest.mark.parametrize("cut", ["conv", "pool"])
 def test_views_behind_the_cut(algorithm: str, cut: str) -> None:
-    """The layout that is quick on the CPU is taken only where both parts can live with it."""
+    """The layout that is fast on the CPU is chosen only if both parts can use it."""
     options: dict[str, Any] = {"clients": 3, "samples_per_client": 9, "rounds": 2, "data": "digits"}
     if algorithm != "fl":
         options["cut"] = cut
@@ -626,7 +627,7 @@ def test_views_behind_the_cut(algorithm: str, cut: str) -> None:
 
 
 class Temperature(nn.Module):
-    """A parameter and a buffer that are single numbers."""
+    """A parameter and a buffer that are scalars."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -639,7 +640,7 @@ class Temperature(nn.Module):
 
 
 class Unsaved(nn.Module):
-    """A running mean that no checkpoint and no averaging knows."""
+    """A running mean that is in no checkpoint and no averaging."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -665,7 +666,7 @@ def test_small_things_are_averaged_too(layer: nn.Module, algorithm: str) -> None
 
 @pytest.mark.parametrize("padding", [None, 0, 2, 7])
 def test_padding_of_an_embedding_is_not_trained(padding: int | None) -> None:
-    """Also where the first rows, which the proof looks at, hold no padding."""
+    """Also if the first rows, which the proof uses, contain no padding."""
     numbers = torch.Generator().manual_seed(0)
     x = torch.randint(0, 10, (24, 5), generator=numbers)
     x[:3] = torch.tensor([[3, 4, 5, 6, 8]])
@@ -681,7 +682,7 @@ def test_padding_of_an_embedding_is_not_trained(padding: int | None) -> None:
 
 
 class DropPath(nn.Module):
-    """Drops rows, seldom, by drawing itself."""
+    """Rarely drops rows, by random numbers that it draws itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 8] -> [n, 8]."""
@@ -689,7 +690,7 @@ class DropPath(nn.Module):
 
 
 class Evaluated(nn.Module):
-    """Mixes rows, but only in evaluation."""
+    """Mixes rows in evaluation only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 8] -> [n, 8]."""
@@ -697,7 +698,7 @@ class Evaluated(nn.Module):
 
 
 class Judged(nn.Module):
-    """Looks at values, but only in evaluation."""
+    """Depends on values in evaluation only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 8] -> [n, 8]."""
@@ -705,7 +706,7 @@ class Judged(nn.Module):
 
 
 class Last(nn.Module):
-    """A recurrent layer's outputs."""
+    """The outputs of a recurrent layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -719,7 +720,7 @@ class Last(nn.Module):
 @pytest.mark.parametrize("layer", [Branch(), DropPath(), Judged(), Last(), nn.Dropout(0.4), nn.BatchNorm1d(8)])
 @pytest.mark.parametrize("algorithm", ["sglr", "sflv1", "fl"])
 def test_each_by_itself(algorithm: str, layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what draws by itself, decides by values or has kernels of its own."""
+    """Also layers that draw random numbers, depend on values or have their own kernels."""
     computed(monkeypatch, "each")
     cut = {} if algorithm == "fl" else {"cut": "1"}
     a, b = both(
@@ -740,7 +741,7 @@ def test_what_cannot_be_computed_together_is_computed_each_by_itself(layer: nn.M
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "rprop", "sgd"])
 def test_clients_weigh_what_they_weigh_alone(optimizer: str) -> None:
-    """Models, gradients and optimisers, whose clocks are kept once for all."""
+    """Models, gradients and optimisers. The engine keeps the clock of the optimisers only once for all clients."""
     a, b = both(
         3, algorithm="sglr", model=with_layer(nn.BatchNorm1d(8)).double(), data=source([8, 8, 8], (6,)), cut="1",
         clients=3, **small(client_optimizer=optimizer),
@@ -751,7 +752,7 @@ def test_clients_weigh_what_they_weigh_alone(optimizer: str) -> None:
 
 @pytest.mark.parametrize("special", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_what_makes_an_embedding_special_is_kept(special: dict[str, Any]) -> None:
-    """A normalised one changes its weights in place: only a client of its own can do that."""
+    """An embedding with a norm changes its weights in place, which works only with one module per client."""
     x = torch.arange(48).view(16, 3) % 7
     y = torch.arange(16) % 4
     held_out = Samples(x, y)
@@ -780,7 +781,7 @@ def test_rows_mixed_in_evaluation_alone() -> None:
 
 
 def test_a_union_step_is_refused_to_whatever_draws() -> None:
-    """However seldom it drops, and whatever the caller's random state."""
+    """However rarely the model drops values, and whatever the caller's random state is."""
     net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.001), nn.Linear(8, 4))
     engines = set()
     for seed in range(8):
@@ -794,7 +795,7 @@ def test_a_union_step_is_refused_to_whatever_draws() -> None:
 
 
 class Counting(nn.Module):
-    """Counts the rows that it has seen, and leaves them as they are."""
+    """Counts the rows that it has seen, and returns them unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -808,7 +809,7 @@ class Counting(nn.Module):
 
 
 def test_a_union_step_is_refused_to_what_keeps_something() -> None:
-    """Each client counts its own rows, not those of all."""
+    """Each client counts its own rows, not the rows of all clients."""
     run = Run(
         algorithm="fl", model=with_layer(Counting()), data=source([8, 4], (6,)), clients=2, partition="column",
         batch=8, local_steps=1, rounds=1, client_optimizer="sgd",
@@ -816,7 +817,7 @@ def test_a_union_step_is_refused_to_what_keeps_something() -> None:
     assert run.training.engine == "stacked"
     run.run()
     (seen,) = (value for name, value in client_state(run).items() if name.endswith("seen"))
-    assert float(seen) == pytest.approx((8 * 8 + 4 * 4) / 12)  # averaged as the weights are
+    assert float(seen) == pytest.approx((8 * 8 + 4 * 4) / 12)  # averaged like the weights
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet16", "alexnet"])

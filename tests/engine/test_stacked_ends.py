@@ -1,5 +1,5 @@
-"""Tails and auxiliary heads on the stacked engine: the same as on the local one, where clients share one optimiser,
-one clipped norm and one clock of steps for both of their parts.
+"""Tails and auxiliary heads train on the stacked engine as on the local engine, where both parts of a client share one
+optimiser, one clipped norm and one step clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EQUAL, UNEQUAL = [8, 8, 8], [10, 6, 7, 2]
 
 
 class DrawingHead(nn.Module):
-    """Normalises, and drops some of its features."""
+    """Batch normalisation and dropout before a linear layer."""
 
     def __init__(self, smashed: Rows, classes: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class DrawingHead(nn.Module):
 
 @algorithm("drawing-heads", title="Drawing heads", needs={FORWARD, LEARN, AVERAGE})
 class DrawingHeads(Algorithm):
-    """Uploads every third batch of the round, and has some clients draw batches that others have drawn before."""
+    """Uploads every third batch of the round. Some clients draw their batches later than others."""
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
         return DrawingHead(smashed, classes)
@@ -58,7 +58,7 @@ class DrawingHeads(Algorithm):
 
 
 def norm() -> nn.Module:
-    """Batch normalisation and dropout in each of three parts; cuts 3 and 7."""
+    """Batch normalisation and dropout in each of three parts, with cuts 3 and 7."""
 
     def block(inputs: int) -> list[nn.Module]:
         return [nn.Linear(inputs, 5, bias=False), nn.BatchNorm1d(5, eps=0.1), nn.Tanh(), nn.Dropout(0.4)]
@@ -88,7 +88,7 @@ HOW: dict[str, dict[str, Any]] = {
 
 
 def same(case: Any, sizes: list[int], **options: Any) -> None:
-    """Both engines: records, scores, client models, server model."""
+    """Both engines give the same records, scores, client models and server model."""
     found = []
     for engine in ("local", "stacked"):
         run = Run(
@@ -111,7 +111,7 @@ def same(case: Any, sizes: list[int], **options: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies are computed together wherever they can be."""
+    """Copies are computed together wherever possible."""
     monkeypatch.setattr(Choice, "_usual", lambda self, side, layout: self._ways_of(side, layout)[0])
 
 
@@ -139,7 +139,7 @@ def test_dense_layers_as_one_node(case: Any, options: dict[str, Any]) -> None:
 
 @algorithm("tied-heads", title="Tied heads", needs={FORWARD, LEARN, AVERAGE})
 class TiedHeads(DrawingHeads):
-    """Two layers of the head are one."""
+    """Two layers of the head share their weights."""
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
         head = DrawingHead(smashed, classes)
@@ -151,7 +151,7 @@ class TiedHeads(DrawingHeads):
 
 @algorithm("both-gradients", title="Both gradients", needs={FORWARD, LEARN, BACKWARD})
 class BothGradients(Algorithm):
-    """Every other batch goes back with the server's gradient."""
+    """Steps alternate between the server's gradient and the head's."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         while smashed := clients.forward():
@@ -162,7 +162,7 @@ class BothGradients(Algorithm):
 
 
 def tied() -> nn.Module:
-    """The first and the last layer are one."""
+    """The first and the last layer share their weights."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     net[4].weight = net[0].weight
     return net
@@ -208,7 +208,7 @@ def test_not_a_number_names_the_client(case: Any, options: dict[str, Any]) -> No
 
 
 def test_an_upload_waits_for_the_last_forward_pass_only() -> None:
-    """A batch that was sent before another forward pass has lost its gradient: it is not learnt from later."""
+    """A batch that was sent before another forward pass has lost its gradient, so nothing is learned from it later."""
 
     @algorithm("twice-forward", title="Twice forward", needs={FORWARD, LEARN, AVERAGE})
     class TwiceForward(DrawingHeads):
@@ -217,7 +217,7 @@ def test_an_upload_waits_for_the_last_forward_pass_only() -> None:
             smashed = clients.forward(this.clients[1:])
             yield report(server.step(smashed), smashed)
             taken = clients.learn(5)
-            # Of the two batches of client 0, one was sent and is lost.
+            # Of the two batches of client 0, the one that was sent is lost.
             assert [one.clients for one in taken] == [(0, 1, 2), (1, 2), (1, 2), (1, 2)]
             clients.average(sample_weights(clients, this.clients))
 
@@ -226,6 +226,6 @@ def test_an_upload_waits_for_the_last_forward_pass_only() -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_passes_that_nothing_comes_of_leave_their_statistics(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first batches have 3, 4 and 3 rows: clients 0 and 2 are a copy when client 1 sends its second one."""
+    """The first batches have 3, 4 and 3 rows: clients 0 and 2 are one copy when client 1 sends its second batch."""
     monkeypatch.setattr(Choice, "_stacking", lambda *_: Stacking("lowered", None, keep))
     same("ampere", [3, 8, 3])

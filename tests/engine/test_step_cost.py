@@ -1,6 +1,7 @@
-"""What a step of the default engine costs in operations and copies, and that what is measured as slower is not taken.
+"""Operations and copies of a step on the default engine; and no way is chosen that was measured as slower.
 
-Counts do not depend on the machine. Who makes a step leaner lowers the bounds; who must raise one says why.
+The counts do not depend on the machine. A change that makes a step cheaper should lower the bounds; one that raises a
+bound should say why.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ COPIES = {"clone", "copy_", "_to_copy", "cat", "stack", "index_select", "index",
 
 
 class Counted(TorchDispatchMode):
-    """Counts operations that compute something, and the bytes that copies give."""
+    """Counts the operations that compute something, and the bytes that copies write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +27,6 @@ class Counted(TorchDispatchMode):
         self.copied = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, and call."""
         name = func.overloadpacket.__name__
         given = func(*args, **(kwargs or {}))
         if not func.is_view and name not in ("detach", "empty", "empty_like", "new_empty"):
@@ -37,14 +37,14 @@ class Counted(TorchDispatchMode):
 
 
 def lenet(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """LeNet-5 for pictures of 8 x 8."""
+    """LeNet-5 for images of 8 x 8."""
     first = nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
     second = nn.Sequential(nn.Conv2d(6, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
     return nn.Sequential(first, second, nn.Flatten(), nn.Linear(64, 84), nn.ReLU(), nn.Linear(84, classes))
 
 
 def cost(model: Any, clients: int = 6, **options: Any) -> Counted:
-    """Of one step in the middle of a round."""
+    """Counts one step in the middle of a round."""
     cut = {"cut": "0"} if model is lenet else {}
     run = Run(
         algorithm="sglr", model=model, data="digits", clients=clients, samples_per_client=32, batch=8, test=20,
@@ -73,7 +73,7 @@ def test_a_step_has_so_many_operations_and_copies(model: Any, optimizer: str, op
 def test_what_is_taken_is_no_slower_than_each_by_itself(
     algorithm: str, model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """By the tuner's own clock: plainly laid out and each by itself is how the local engine computes."""
+    """By the tuner's own clock. The local engine computes with the plain layout and each client by itself."""
     monkeypatch.setenv("CUTLAYER_TUNE", "on")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_FEWEST", 0)
@@ -102,7 +102,7 @@ def test_what_is_taken_is_no_slower_than_each_by_itself(
         sides["copies"] = (ways.server_layout, ways.copies.way)
     taken = sum(tried[side, *how] for side, how in sides.items())
     plainly = sum(tried[side, "plain", "each"] for side in sides)
-    if algorithm == "sflv1":  # else the server's layout counts too
+    if algorithm == "sflv1":  # otherwise the server's layout counts too
         assert taken <= plainly / MARGIN
     assert tried["clients", ways.client_layout, ways.clients.way] <= (
         tried["clients", ways.client_layout, "each"] / MARGIN

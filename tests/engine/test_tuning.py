@@ -1,4 +1,4 @@
-"""What is measured, what it may take, where it is kept; that results and resumed runs do not depend on it."""
+"""What is measured, how long that may take, where the results are kept; results of training do not depend on it."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ BUDGET = choice.Choice._budget
 
 @pytest.fixture(autouse=True)
 def measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Even the shortest run is measured, and its results are kept in a folder of the test's own."""
+    """Even the shortest run is measured, and the results are kept in the test's own folder."""
     monkeypatch.setenv("CUTLAYER_TUNE", "on")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choice, "_FEWEST", 0)
@@ -38,20 +38,20 @@ def measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Given:
-    """A clock that says how long things take."""
+    """A clock that reports given durations."""
 
     def __init__(self, **seconds: float) -> None:
         self.seconds, self.asked = seconds, list[str]()
 
     def copies(self, tuner: Tuner, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Seconds by layout and way."""
+        """Seconds for a layout and a way."""
         how = args[4]
         name = f"{'last' if getattr(part, 'images_channels_last', False) else 'else'} {how.way}"
         self.asked.append(name)
         return choice.Timed(self.seconds.get(name.replace(" ", "_"), 1.0), how)
 
     def alone(self, tuner: Tuner, part: nn.Module, *args: Any, **kwargs: Any) -> float:
-        """The server's seconds by layout."""
+        """The server's seconds for a layout."""
         return self.seconds.get("server_last" if getattr(part, "images_channels_last", False) else "server", 1.0)
 
 
@@ -74,7 +74,7 @@ def test_the_quickest_is_taken(quick: str, server: str, monkeypatch: pytest.Monk
     ids=str,
 )
 def test_a_little_quicker_is_noise(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another way by 3 %, another layout of one side by 3.5 % of a step of both."""
+    """Another way that is 3 % faster, or another layout of one side that saves 3.5 % of a step of both sides."""
     clock = Given(**seconds)
     monkeypatch.setattr(Tuner, "copies", lambda *a, **k: clock.copies(*a, **k))
     monkeypatch.setattr(Tuner, "alone", lambda *a, **k: clock.alone(*a, **k))
@@ -82,7 +82,7 @@ def test_a_little_quicker_is_noise(seconds: dict[str, float], monkeypatch: pytes
 
 
 class Flattened(nn.Module):
-    """Takes it for granted how the convolution's output lies in memory: cannot run otherwise, or reads it wrongly."""
+    """Relies on the memory layout of the convolution's output: other layouts fail, or are read wrongly."""
 
     def __init__(self, blindly: bool) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_a_quick_layout_that_the_server_cannot_take_is_left(blindly: bool, monke
 
 @pytest.mark.parametrize(("times", "taken"), [((1.0, 0.97), "dense"), ((1.0, 0.9), "grouped"), ((0.9, 1.0), "dense")])
 def test_the_quickest_form_is_taken(times: tuple[float, float], taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a convolution of three clients; a little quicker is noise here too."""
+    """For a convolution of three clients; a small advantage is noise here too."""
     seconds = dict(zip(("dense", "grouped"), times, strict=True))
     x, weight = torch.randn(6, 2, 5, 5, requires_grad=True), torch.randn(3, 4, 2, 3, 3, requires_grad=True)
     possible = forms(x, weight, 1, 1, 1, 1)
@@ -141,12 +141,12 @@ def test_it_is_kept_for_the_next_run_and_said() -> None:
     assert second.training.ways == first.training.ways
     assert any(remark.startswith("Measured in ") for remark in first.training.remarks)
     assert any(remark.startswith("As measured here before: ") for remark in second.training.remarks)
-    other = Run(**{**SMALL, "batch": 6})  # other shapes are measured anew
+    other = Run(**{**SMALL, "batch": 6})  # other shapes are measured again
     assert any(remark.startswith("Measured in ") for remark in other.training.remarks)
 
 
 def test_images_of_another_size_are_measured_anew() -> None:
-    """Though all layers and weights are the same."""
+    """They are measured again although all layers and weights are the same."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     for size in (8, 6):
         data = random_source((24, 24, 24), (1, size, size), classes=3)
@@ -183,7 +183,7 @@ def test_the_local_engine_asked_for_is_taken_as_it_is() -> None:
 
 
 def test_what_was_kept_is_used_only_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broken file is measured anew; so is one that names a way in which this model cannot be computed."""
+    """A broken file is measured again, and so is a file with a way in which this model cannot be computed."""
     kept = Run(**SMALL).training.ways
     (file,) = Path(choice.remember.__globals__["_folder"]()).glob("*.json")
     for text in ("{", "[]", '{"engine": "stacked"}', json.dumps({**kept.stored(), "engine": "union"})):
@@ -205,7 +205,7 @@ def test_ways_are_stored_whole() -> None:
 
 
 def test_a_resumed_run_computes_as_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, though other ways would be chosen where it goes on."""
+    """Bit for bit, although other ways would be chosen where it is resumed."""
     whole = Run(out=tmp_path / "whole", **SMALL)
     whole.run()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
@@ -214,7 +214,7 @@ def test_a_resumed_run_computes_as_the_uninterrupted_one(tmp_path: Path, monkeyp
     monkeypatch.setattr(choice.Choice, "_quickest", lambda *_: whole.training.ways)
     part = Run(out=tmp_path / "part", **SMALL)
     steps = iter(part)
-    for _ in range(4):  # round 1 is over, and its checkpoint written
+    for _ in range(4):  # round 1 has ended, and its checkpoint is written
         next(steps)
     steps.close()
     monkeypatch.setattr(choice.Choice, "_quickest", lambda *_: ways)
@@ -245,8 +245,8 @@ def test_a_folder_whose_ways_are_broken_is_refused(tmp_path: Path) -> None:
     [(1.0, 0.05), (20.0, 0.5), (100.0, 1.0), (10_000.0, 5.0), (float("inf"), 5.0)],
 )
 def test_what_measuring_may_take(run: float, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a run of this number of seconds: 5 % up to half a second, then 1 %, and never more than 5 s; nothing for few
-    rows.
+    """The limit for a run of this many seconds is 5 % up to half a second, then 1 %, and at most 5 s. Runs with few
+    rows measure nothing.
     """
     clock, found = Given(server=run / (3 * 24 * 3) * 8 / 2, server_last=1.0), list[float]()
 
@@ -270,4 +270,4 @@ def test_its_time_is_bounded() -> None:
     assert tuner.seconds(lambda: pytest.fail("it is too late")) == float("inf")
     calls: list[int] = []
     assert Tuner(60.0, torch.device("cpu")).seconds(lambda: calls.append(1)) < 1.0
-    assert len(calls) == 5  # one to warm up
+    assert len(calls) == 5  # one of them to warm up
