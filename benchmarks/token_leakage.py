@@ -1,21 +1,24 @@
 """Tokens that a server recovers while language models are tuned: by depth of the cut, codec and noise.
 
     python benchmarks/language_models.py FOLDER     # texts, tokenizer and base, if they are not there yet
-    python benchmarks/token_leakage.py FOLDER [--seeds 1]
+    python benchmarks/token_leakage.py FOLDER [--seeds 3]
 
 Each setting is a run of `sfl` with adapters on the clients of `language_models.py` for one epoch. Then rows of one
 client are attacked, by an attacker that knows the client part, or the one that the run began with. Results go to
-FOLDER/tokens.jsonl, line by line; a setting that is there already is not run again.
+FOLDER/tokens.jsonl, line by line; a setting that is there already is not run again. The table has means and standard
+deviations over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from language_models import LANGUAGES, LENGTH
 
 from cutlayer import Run
@@ -23,6 +26,7 @@ from cutlayer.leakage.assess import Asked, examine
 from cutlayer.leakage.subject import moments, subjects
 
 ROWS, RATE = 64, 8e-3
+COLUMNS = ("nearest, model", "inversion, model", "search, model", "nearest, smashed")
 SETTINGS: dict[str, dict[str, Any]] = {
     "embedding": {"cut": "model.embed_tokens", "algorithm": "psl"},  # nothing of its clients is trained
     "block 1": {"cut": "1"},
@@ -58,23 +62,37 @@ def measured(root: Path, setting: str, seed: int) -> dict[str, Any]:
     return {**about, "unigram": found[0].unigram, **recovered}
 
 
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, as text; empty without values."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
 def main() -> None:
-    """Run what is missing; print each line."""
+    """Run what is missing; print each line, then the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     results = args.folder / "tokens.jsonl"
-    lines = results.read_text().splitlines() if results.is_file() else []
-    done = {(row["setting"], row["seed"]) for row in map(json.loads, lines)}
+    found = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(row["setting"], row["seed"]) for row in found}
     for seed in range(args.seeds):
         for setting in args.settings:
             if (setting, seed) not in done:
                 row = measured(args.folder, setting, seed)
+                found.append(row)
                 print(row, flush=True)
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+    for setting in args.settings:
+        rows = [row for row in found if row["setting"] == setting and row["seed"] < args.seeds]
+        shares = [spread([100 * row[name] for row in rows if name in row]) for name in COLUMNS]
+        print(f"| {setting} | {spread([row['test'] for row in rows])} | {' | '.join(shares)} |")
+    print(f"unigram guesser: {spread([100 * row['unigram'] for row in found])} %")
 
 
 if __name__ == "__main__":
