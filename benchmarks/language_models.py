@@ -3,32 +3,38 @@
     apt-get install fortunes fortunes-de fortunes-it fortunes-es fortunes-pl
     python benchmarks/language_models.py FOLDER [--fortunes /usr/share/games/fortunes] [--seeds 3] [--rates 0.002 ...]
 
+Compared are the base itself, a guesser that only knows how frequent each token is, and the algorithms in `WAYS`.
+
 Texts are Debian's fortune cookies. A byte-level BPE vocabulary and a model of about a million parameters are trained on
 the English ones; then only LoRA adapters are trained on the texts of the clients, each of which has one language. Each
 algorithm is run with seed 0 at all rates; the one with the lowest validation perplexity is run with the other seeds.
-All have the same rates to choose from. Results go to FOLDER/results.jsonl, line by line; existing runs are not
-repeated.
+All have the same rates to choose from. Seconds are CPU seconds of training with one thread, without preparation and
+evaluation, so other programs on the machine hardly change them. Results go to FOLDER/results.jsonl, line by line;
+existing runs are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 
 from cutlayer import Run
+from cutlayer.errors import NonFiniteError
 
 LANGUAGES = ("de", "es", "it", "pl")
 BASE, PER_CLIENT, TEST = 1_000_000, 40_000, 16_000  # bytes of text
 LENGTH, BLOCKS, VOCABULARY = 64, 4, 1024
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (2e-3, 8e-3, 3.2e-2)
 SPLIT: dict[str, Any] = {"cut": "2"}
 BENT: dict[str, Any] = {"cut": "2", "tail_cut": "3"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,19 +109,41 @@ def prepared(root: Path, fortunes: Path) -> None:
     save_file(run.model().state_dict(), root / "base" / "model.safetensors", metadata={"format": "pt"})
 
 
-def tuned(root: Path, way: str, rate: float, seed: int, **options: Any) -> dict[str, Any]:
-    """One run: perplexity, bytes, seconds."""
+def configured(root: Path, way: str, rate: float, seed: int) -> Run:
+    """A run that tunes adapters on the clients' texts."""
     common: dict[str, Any] = {
         "model": f"hf:{root}/base", "data": str(root / "clients"), "partition": "column", "clients": len(LANGUAGES),
         "task": "tokens", "sequence_length": LENGTH, "lora_rank": 8, "lora_targets": ("all-linear",),
         "client_optimizer": "adamw", "client_lr": rate, "lr_schedule": "cosine", "batch": 4, "epochs": 2, "seed": seed,
+        "eval_every": 10**6,  # rounds: at the end only
     }  # fmt: skip
-    run = Run(**common | WAYS[way] | options)
-    done = run.run()
-    best = min(float(line.validation["perplexity"]) for line in run.evaluations)
-    return {
-        "way": way, "rate": rate, "seed": seed, "validation": best, "test": done.test["perplexity"],
-        "up": done.bytes_up, "down": done.bytes_down, "seconds": done.seconds, "engine": done.engine,
+    return Run(**common | WAYS[way])
+
+
+def untuned(root: Path) -> tuple[float, float]:
+    """Perplexities of the base, and of the clients' token frequencies (one added to each count), of the test texts."""
+    training = configured(root, "cl", RATES[0], 0).training
+    source = training.source
+    base = training.clients.evaluate(source.test, training.server.predict, None).mean("perplexity")
+    learnt, asked = (y[y != -100] for y in (source.train.y, source.test.y))
+    counts = torch.bincount(learnt, minlength=VOCABULARY) + 1
+    return base, float((counts / counts.sum()).log()[asked].mean().neg().exp())
+
+
+def tuned(root: Path, way: str, rate: float, seed: int) -> dict[str, Any]:
+    """One run: perplexity, bytes, CPU seconds. Perplexities are infinite if it diverged."""
+    row: dict[str, Any] = {"way": way, "rate": rate, "seed": seed, "validation": math.inf, "test": math.inf}
+    run = configured(root, way, rate, seed)
+    try:
+        with patch("time.perf_counter", time.process_time):  # the clock of a run, which stops during evaluations
+            done = run.run()
+    except NonFiniteError:
+        return row
+    (end,) = run.evaluations
+    return row | {
+        "validation": end.validation["perplexity"], "test": end.test["perplexity"],
+        "up": done.bytes_up, "down": done.bytes_down, "engine": done.engine,
+        "cpu_seconds": done.seconds, "evaluation_cpu_seconds": done.evaluation_seconds,
     }  # fmt: skip
 
 
@@ -128,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     root, results = args.folder, args.folder / "results.jsonl"
     if not (root / "base" / "model.safetensors").is_file():
         prepared(root, args.fortunes)
@@ -143,19 +172,18 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         return row
 
+    base, guesser = untuned(root)
+    print(f"| base, not tuned | | {base:.1f} |\n| frequencies of single tokens | | {guesser:.1f} |", flush=True)
     for way in args.ways:
         tried = [result(way, rate, 0) for rate in args.rates]
         rate = min(tried, key=lambda row: float(row["validation"]))["rate"]
         rows = [result(way, rate, seed) for seed in range(args.seeds)]
         scores = [row["test"] for row in rows]
         spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-        up, down = rows[0]["up"] / 1e6, rows[0]["down"] / 1e6
-        seconds = statistics.mean(row["seconds"] for row in rows)
-        print(
-            f"| {way} | {rate:g} | {statistics.mean(scores):.1f} ± {spread:.1f} | {up:.1f} | {down:.1f} "
-            f"| {seconds:.0f} |",
-            flush=True,
-        )
+        cells = [f"{statistics.mean(scores):.1f} ± {spread:.1f}", *(f"{row['test']:.1f}" for row in tried)]
+        cells += [f"{rows[0][direction] / 1e6:.1f}" for direction in ("up", "down")]
+        seconds = statistics.mean(row["cpu_seconds"] for row in rows)
+        print(f"| {way} | {rate:g} | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
