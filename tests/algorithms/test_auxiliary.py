@@ -1,4 +1,4 @@
-"""CSE-FSL, FSL-SAGE and Ampere: what they are where their heads are known, by hand, and where they meet."""
+"""CSE-FSL, FSL-SAGE and Ampere: special cases with known results, steps worked out by hand, and the heads."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def lower(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_one_client_with_the_server_as_its_head_is_split_learning(heads: Path) -> None:
-    """CSE-FSL with h = 1: the head and the server start equal, see the same rows, and stay equal."""
+    """CSE-FSL with h = 1: the head and the server start equal, see the same rows, and so stay equal."""
     own = train("cse-fsl", make(mlp), [10], (6,), cut="2", upload_every=1, aux=f"{heads}:upper")
     split = train("ssl", make(mlp), [10], (6,), cut="2")
     assert difference(lower(client_state(own)), client_state(split)) < TIGHT
@@ -92,7 +92,7 @@ def test_one_client_with_the_server_as_its_head_is_split_learning(heads: Path) -
 
 
 def test_a_head_that_is_the_server_gives_the_servers_gradients(heads: Path) -> None:
-    """FSL-SAGE with a frozen server, several clients: each steps as with the server's gradients."""
+    """FSL-SAGE with a frozen server: the clients train as they do with the server's own gradients."""
     options: dict[str, Any] = {"cut": "2", "freeze": "^4", "rounds": 3}
     sage = {"upload_every": 1, "align_every": 1, "aux": f"{heads}:upper"}
     estimated = train("fsl-sage", make(mlp), [10, 6], (6,), **options, **sage)
@@ -102,7 +102,7 @@ def test_a_head_that_is_the_server_gives_the_servers_gradients(heads: Path) -> N
 
 
 def uploads(count: int, scale: str) -> tuple[FslSage, Server, Rows, Tensor, Rows]:
-    """Rows, labels, and the server's gradients of them, each of its own loss or of uploads of 5 rows."""
+    """Rows, labels, and the server's gradients, each of the row's own loss or of the mean loss of 5 rows."""
     sage = FslSage(align_scale=scale, align_batch=5)
     torch.manual_seed(0)
     part = nn.Sequential(nn.Linear(6, 4)).double()
@@ -117,7 +117,7 @@ def uploads(count: int, scale: str) -> tuple[FslSage, Server, Rows, Tensor, Rows
 
 
 class Last(nn.Module):
-    """A part for one tensor."""
+    """A server part that takes a single tensor."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -130,13 +130,13 @@ class Last(nn.Module):
 
 @pytest.mark.parametrize("scale", ["row", "mean"])
 def test_an_aligned_head_stays_as_it_is(scale: str) -> None:
-    """Exactly the server: its estimates are the gradients, and there is nothing to fit."""
+    """A head that equals the server: its estimates are the gradients, so there is nothing to fit."""
     sage, server, rows, labels, gradients = uploads(20, scale)
     batch = slice(0, 20) if scale == "row" else slice(0, 5)
     estimate = sage.estimate(server.model, Classification(), (rows[0][batch],), labels[batch])
     assert (estimate[0] - gradients[0][batch]).abs().max() < TIGHT
     before = {n: t.clone() for n, t in server.model.state_dict().items()}
-    rate = FslSage(align_scale=scale, align_batch=5, align_lr=1e-9)  # of rounding, Adam makes a step of its rate
+    rate = FslSage(align_scale=scale, align_batch=5, align_lr=1e-9)  # Adam turns rounding errors into steps of lr
     rate.fit(server.model, Classification(), rows, labels, gradients)
     assert difference(server.model.state_dict(), before) < 1e-7
 
@@ -158,12 +158,12 @@ def test_a_fitted_head_estimates_better() -> None:
 
 
 def frozen_lower(x: Tensor) -> Tensor:
-    """What the part below cut 2 gives, before anything is trained."""
+    """The output of the untrained part below cut 2."""
     return make(mlp)[:3](x).detach()
 
 
 def served(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The server's part, trained on these batches one after another."""
+    """The server's part after training on these batches one after another."""
     upper = make(mlp)
     for rows, labels in batches:
         upper.zero_grad()
@@ -176,12 +176,12 @@ def served(batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 STILL: dict[str, Any] = {"client_lr": 1e-13, "server_lr": 0.1}
-"""Client parts stay as they are, nearly, so that it is known what they send."""
+"""Client parts practically do not change, so the test knows what they send."""
 
 
 @pytest.mark.parametrize("name", ["cse-fsl", "fsl-sage"])
 def test_the_server_steps_upload_by_upload_in_the_order_of_arrival(name: str) -> None:
-    """Of the batches 0, 1, 2 of a round with h = 2, the server sees 0 and 2, of one client after another."""
+    """In a round with batches 0, 1 and 2 and h = 2, the server sees batches 0 and 2, one client after another."""
     run = train(name, make(mlp), [10, 12, 9], (6,), cut="2", upload_every=2, rounds=2, **STILL)
     data, streams, order = run.training.source.train, batches_of([10, 12, 9], 4), []
     for index in range(2):
@@ -195,7 +195,7 @@ def test_the_server_steps_upload_by_upload_in_the_order_of_arrival(name: str) ->
 
 
 def test_amperes_server_trains_on_the_pool_alone() -> None:
-    """Two epochs on all rows, shuffled."""
+    """The server trains for two epochs on all rows, shuffled."""
     run = train("ampere", make(mlp), [10, 7], (6,), cut="2", rounds=4, pool_batch=5, **STILL)
     data, streams = run.training.source.train, batches_of([10, 7], 4)
     drawn = [torch.cat([stream.next() for _ in range(3 * stream.per_epoch)][-stream.per_epoch :]) for stream in streams]
@@ -207,12 +207,12 @@ def test_amperes_server_trains_on_the_pool_alone() -> None:
     found = {n: t for n, t in server_state(run).items() if n.startswith("4.")}
     assert difference(found, served(batches)) < 1e-11
     sent = run.training.ledger.of_clients("up", "smashed data").tolist()
-    assert sent == [10 * 8 * 8, 7 * 8 * 8]  # every row once, of 8 numbers
+    assert sent == [10 * 8 * 8, 7 * 8 * 8]  # each row is sent once and has 8 numbers
     assert run.training.ledger.total("down", kind="cut gradients") == 0
 
 
 def test_ampere_trains_clients_as_cse_fsl_does() -> None:
-    """The server has no say in either."""
+    """In both algorithms, the server has no influence on the clients."""
     ampere = train("ampere", make(mlp), [10, 7], (6,), cut="2", rounds=4)
     other = train("cse-fsl", make(mlp), [10, 7], (6,), cut="2", rounds=2)
     for k in range(2):
@@ -220,7 +220,7 @@ def test_ampere_trains_clients_as_cse_fsl_does() -> None:
 
 
 def test_ampere_pools_whom_it_meets_late() -> None:
-    """Clients that are not drawn when the server's rounds begin send their rows when they are, once."""
+    """Clients that are not drawn when the server's rounds begin send their rows once, when they are drawn later."""
     run = train("ampere", make(mlp), [8] * 5, (6,), cut="2", rounds=12, participation=0.4)
     sent = run.training.ledger.of_clients("up", "smashed data").tolist()
     assert set(sent) <= {0, 8 * 8 * 8}
@@ -237,7 +237,7 @@ def test_ampere_needs_a_round_for_each_side() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_fitted_heads_are_each_clients_own_and_go_down_in_their_rounds(engine: str) -> None:
-    """In rounds 0, 2 and 4 of five; averaging leaves heads alone, and models equal."""
+    """Heads are sent in rounds 0, 2 and 4 of five. Averaging makes the models equal and does not touch the heads."""
     run = train("fsl-sage", make(mlp), [10, 7], (6,), cut="2", rounds=5, align_every=2, engine=engine)
     a, b = (client_state(run, k) for k in range(2))
     assert difference(lower(a), lower(b)) == 0.0
@@ -300,6 +300,6 @@ def test_a_fitting_goes_on_from_the_last_one(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(FslSage, "fit", watched)
     train("fsl-sage", make(mlp), [10, 7], (6,), cut="2", rounds=2, align_every=1)
-    assert len(seen) == 4  # of two clients in two rounds
+    assert len(seen) == 4  # two clients in two rounds
     assert difference(seen[0][1], seen[2][0]) == difference(seen[1][1], seen[3][0]) == 0.0
     assert difference(*seen[2]) > 0

@@ -1,4 +1,4 @@
-"""The server trains first and answers afterwards: what that comes to at the ends of its options."""
+"""Algorithms in which the server trains before it answers: special cases with known results."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cutlayer.verbs import BACKWARD, FORWARD
 
 @algorithm("answers-first", title="Answers first", needs={FORWARD, BACKWARD})
 class AnswersFirst(CyclePsl):
-    """The same with gradients at the old server: the oracle."""
+    """The reference: the same algorithm, but with gradients at the old server."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-        """The order of the two changed."""
+        """Computes the gradients before the server trains."""
         turn = 0
         while smashed := clients.forward():
             step = server.gradients(smashed, running_statistics=self.running_statistics)
@@ -49,7 +49,7 @@ def trained(algorithm: object, sizes: list[int], **options: Any) -> Any:
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [9, 6, 10]])
 def test_one_mini_batch_and_gradients_at_the_old_server_are_psl(sizes: list[int]) -> None:
-    """Bit for bit, over several steps and clients of unequal sizes; only that running statistics see each row twice."""
+    """Equal bit for bit over several steps, also with unequal clients. Only running statistics see rows twice."""
     psl = trained("psl", sizes)
     cycle = trained(AnswersFirst, sizes, server_batch=99, running_statistics=False)
     assert difference(client_state(psl), client_state(cycle)) == 0.0
@@ -59,7 +59,7 @@ def test_one_mini_batch_and_gradients_at_the_old_server_are_psl(sizes: list[int]
 
 @pytest.mark.parametrize(("name", "plain"), [("cyclepsl", "psl"), ("cyclesfl", "sfl"), ("cyclesglr", "sgl")])
 def test_one_mini_batch_is_the_server_step_of_the_plain_algorithm(name: str, plain: str) -> None:
-    """After the first step the server is the plain one's, bit for bit; afterwards it is not."""
+    """After the first step, the server equals that of the plain algorithm bit for bit; after the second it does not."""
     for rounds, same in ((1, True), (2, False)):
         first = trained(plain, [4, 4, 4], rounds=rounds)
         cycle = trained(name, [4, 4, 4], rounds=rounds, server_batch=12)
@@ -68,7 +68,7 @@ def test_one_mini_batch_is_the_server_step_of_the_plain_algorithm(name: str, pla
 
 
 def test_clients_are_answered_by_the_server_that_has_trained() -> None:
-    """One step by hand: the gradient of client 0's rows at the server after its step, not before it."""
+    """One step by hand: client 0 receives the gradient at the server after the server's step, not before it."""
     run = train("cyclepsl", make(mlp), [4, 4, 4], (6,), cut="2", rounds=1, server_batch=12)
     whole = make(mlp)
     whole.load_state_dict(server_state(run), strict=False)
@@ -79,7 +79,7 @@ def test_clients_are_answered_by_the_server_that_has_trained() -> None:
 
 
 def test_options_have_an_effect() -> None:
-    """Mini-batches of another size, statistics of another kind, another rate."""
+    """The size of mini-batches, running statistics, alpha and phi each change the result."""
     base = server_state(trained("cyclesglr", [8, 8]))
     for options in ({"server_batch": 3}, {"running_statistics": False}, {"alpha": 1.0}, {"phi": 1.0}):
         assert difference(base, server_state(trained("cyclesglr", [8, 8], **options))) > 1e-6
@@ -87,5 +87,5 @@ def test_options_have_an_effect() -> None:
 
 @pytest.mark.parametrize("options", [{"server_batch": 5, "running_statistics": False}, {"logit_adjust": "both"}])
 def test_it_keeps_what_all_algorithms_promise(options: dict[str, Any]) -> None:
-    """With other options than the defaults."""
+    """The general checks, with options other than the defaults."""
     check_algorithm("cyclesglr", one_client_is_sgd=False, **options)

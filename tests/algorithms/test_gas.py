@@ -28,7 +28,7 @@ def trained(algorithm: str = "gas", sizes: tuple[int, ...] = (8, 8, 8), **option
 @pytest.mark.parametrize("answer", ["arrival", "full"])
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_equally_fast_clients_that_all_work_are_scala(answer: str, engine: str) -> None:
-    """Buffers of one batch and one model of each client, nothing drawn: SFL with the same adjustment, in float64."""
+    """With buffers of one batch and one model per client and no generated rows, GAS is SFL with the same adjustment."""
     gas = trained(answer=answer, engine=engine, **PLAIN)
     assert gas.result is not None
     assert gas.result.staleness is not None
@@ -41,7 +41,7 @@ def test_equally_fast_clients_that_all_work_are_scala(answer: str, engine: str) 
 
 
 def test_rows_that_are_drawn_train_the_server_alone() -> None:
-    """Until the server's first step they change nothing at the clients; the server's model they do change."""
+    """In the first step, generated rows change the server's model but not the clients' models."""
     one = {"local_steps": 1, "working": 3, "rounds": 1}
     never, drawn = trained(generate="never", **one), trained(generate="seen", fill="most", **one)
     assert difference(client_state(never), client_state(drawn)) == 0
@@ -77,8 +77,8 @@ def test_labels_are_equally_frequent_in_a_full_buffer(fill: str, each: int) -> N
     algorithm = Gas.of({"fill": fill})
     (rows,), labels = algorithm.filled((x,), y, gaussians, torch.Generator().manual_seed(0))
     assert torch.bincount(labels).tolist() == [each] * 3
-    assert rows[labels == 0][:, 0].tolist() == list(range(each))  # the first rows that came, and none drawn
-    assert rows[labels == 1].tolist() == [[6.0]] * each  # of one row the variance is 0
+    assert rows[labels == 0][:, 0].tolist() == list(range(each))  # the first rows that arrived, none generated
+    assert rows[labels == 1].tolist() == [[6.0]] * each  # the variance of a single row is 0
 
 
 def test_nothing_is_drawn_before_every_label_was_seen() -> None:
@@ -92,7 +92,7 @@ def test_nothing_is_drawn_before_every_label_was_seen() -> None:
 
 
 def test_the_clock_decides_who_comes_first() -> None:
-    """A slow client brings fewer batches, and older ones; without stragglers, all clients are equally fast."""
+    """A slow client sends fewer and older batches. Without stragglers, all clients are equally fast."""
     options = {"local_steps": 4, "working": 3, "buffer_models": 1, "rounds": 6}
     found = trained(**options, **SLOW).result
     even = trained(**options, **FLEET).result
@@ -110,7 +110,7 @@ def test_the_clock_decides_who_comes_first() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_a_run_goes_on_bit_for_bit(engine: str, tmp_path: Path) -> None:
-    """With clients at work, and batches in the buffer, when the checkpoint is written."""
+    """The checkpoint is written while clients are at work and batches wait in the buffer."""
     options: dict[str, Any] = {
         "local_steps": 3, "working": 2, "buffer_batches": 4, "rounds": 6, "checkpoint_every": 1, "engine": engine,
         "eval_every": 1, **SLOW,
@@ -142,7 +142,7 @@ def _interrupted(out: Path, options: dict[str, Any]) -> None:
 
 
 def test_it_keeps_what_all_algorithms_promise() -> None:
-    """With other options than the defaults; one client alone is gradient descent if nothing is drawn or adjusted."""
+    """Without generated rows and adjustment, one client alone does gradient descent."""
     check_algorithm("gas", generate="never", logit_adjust="none", answer="full", buffer_models=1)
 
 

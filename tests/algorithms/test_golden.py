@@ -1,4 +1,4 @@
-"""Golden losses: twenty steps of every algorithm, as plain text under golden. `make golden` writes them anew."""
+"""Golden losses: twenty steps of every algorithm, stored as text in `golden`. `make golden` rewrites them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cutlayer import Run
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
 
-# 33 samples per client in batches of 5 (the last has 3), sampling of clients, Adam: what is off anywhere shows in the
-# losses.
+# 33 samples per client in batches of 5 (the last has 3), sampling of clients, and Adam: an error in any of these
+# changes the losses.
 COMMON: dict[str, Any] = {
     "data": "digits", "model": "mlp", "clients": 4, "samples_per_client": 33, "batch": 5, "rounds": 20, "seed": 1,
     "precision": "float64", "client_lr": 3e-3,
@@ -39,8 +39,11 @@ OWN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_golden_losses(algorithm: str, request: pytest.FixtureRequest) -> None:
-    """Losses agree to 1e-6. Initial weights are drawn in float32, and processors differ in its last digit: with the
-    plainest instructions the losses were seen to differ by 4e-8. A change of the rule shows by 1e-4 and more."""
+    """Losses agree to 1e-6.
+
+    Initial weights are drawn in float32, and processors differ in its last digit: with the most basic instruction set,
+    losses differed by 4e-8. A change of the algorithm changes losses by 1e-4 or more.
+    """
     run = Run(algorithm=algorithm, eval_every=1000, **COMMON, **OWN.get(algorithm, {}))
     losses = [record.loss for record, _ in zip(run, range(STEPS), strict=False)]
     assert len(losses) == STEPS

@@ -18,7 +18,7 @@ def trained(algorithm: str, **options: Any) -> Run:
 
 @pytest.mark.parametrize("engine", ["local", "auto"])
 def test_it_is_its_parts(engine: str) -> None:
-    """To the last bit, and neither part is without effect."""
+    """Equal bit for bit to SFL with both options, and each option changes the result."""
     run = trained("gscala", engine=engine)
     both = trained("sfl", engine=engine, logit_adjust="both", sampling="global")
     assert difference(whole(run), whole(both)) == 0
@@ -27,6 +27,6 @@ def test_it_is_its_parts(engine: str) -> None:
 
 
 def test_a_step_has_as_many_rows_as_all_batches_together() -> None:
-    """30 rows in steps of 3 x 4; with batches of each client's own they take as many steps as the largest client's."""
+    """30 rows in steps of 3 x 4 take 3 steps. With each client's own batches, the largest client sets the number."""
     assert trained("gscala", rounds=1, participation=1.0).steps == 3
     assert trained("scala", rounds=1, participation=1.0).steps == 5

@@ -1,7 +1,7 @@
 """The exact identities that every implementation must satisfy: float64, plain SGD, no batch norm or dropout.
 
-Each test is named after its number. Bit for bit where the order of the sums is the same, else to 1e-14 after several
-steps (one rounding error is 2e-16).
+Each test is named after its number. Results agree bit for bit if the order of sums is the same, and otherwise to 1e-14
+after several steps (one rounding error is 2e-16).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Make = Callable[[], nn.Module]
 
 
 def visits(sizes: list[int], batch: int, rounds: int, turns: str) -> list[torch.Tensor]:
-    """The batches of sequential learning in visiting order, written out."""
+    """The batches of sequential learning in visiting order."""
     streams = batches_of(sizes, batch)
     order = []
     for _ in range(rounds):
@@ -52,7 +52,7 @@ def visits(sizes: list[int], batch: int, rounds: int, turns: str) -> list[torch.
 
 
 def unions(sizes: list[int], batch: int, steps: int) -> list[torch.Tensor]:
-    """The union batch of each parallel step, clients in order."""
+    """The union batch of each parallel step, client by client."""
     streams = batches_of(sizes, batch)
     return [torch.cat([s.next() for s in streams]) for _ in range(steps)]
 
@@ -84,7 +84,7 @@ SINGLE: list[tuple[str, dict[str, Any]]] = [
 def test_identity_01_one_client_is_centralised_sgd(
     model: Make, shape: tuple[int, ...], at: str, algorithm: str, options: dict[str, Any]
 ) -> None:
-    """C=1: every algorithm is centralised SGD, bit for bit (10 samples, batch 4: the last batch has 2)."""
+    """C=1: every algorithm is centralised SGD, bit for bit. 10 samples in batches of 4, so the last batch has 2."""
     cut = {} if algorithm in ("cl", "fl") else {"cut": at}
     run = train(algorithm, make(model), [10], shape, **cut, **options)
     reference = sgd(make(model), run.training.source.train, unions([10], 4, 6))
@@ -124,7 +124,7 @@ def test_identity_02_ssl_with_full_hand_over_is_centralised_in_visiting_order(
 def test_identity_02_needs_the_optimizer_state(
     model: Make, shape: tuple[int, ...], at: str, hand_over_optimizer: bool
 ) -> None:
-    """Without its state handed over, momentum is another algorithm: the identity's condition is not idle."""
+    """With momentum, the identity does not hold unless the optimiser's state is handed over."""
     options: dict[str, Any] = {"client_optimizer_options": {"momentum": 0.9}}
     run = train("ssl", make(model), [8, 8], shape, cut=at, hand_over_optimizer=hand_over_optimizer, **options)
     net = make(model)
@@ -150,7 +150,7 @@ def test_identity_03_sflv1_with_one_local_step_is_fedsgd_is_centralised(
 @model_and_cut
 @pytest.mark.parametrize("local", [{"local_steps": 1}, {"local_steps": 3}, {"local_epochs": 1}, {"local_epochs": 2}])
 def test_identity_04_sflv1_is_fedavg(model: Make, shape: tuple[int, ...], at: str, local: dict[str, int]) -> None:
-    """Any number of local steps, any cut, unequal clients and last batches, also with sampling of clients."""
+    """For any number of local steps, any cut, unequal clients and last batches, and with sampling of clients."""
     options: dict[str, Any] = {**local, "rounds": 3, "participation": 0.7}
     v1 = train("sflv1", make(model), [10, 5, 7], shape, cut=at, **options)
     fedavg = train("fl", make(model), [10, 5, 7], shape, **options)
@@ -165,7 +165,7 @@ def test_identity_04_sflv1_is_fedavg(model: Make, shape: tuple[int, ...], at: st
 def test_identity_05_sglr_without_its_halves_is_psl(
     model: Make, shape: tuple[int, ...], at: str, options: dict[str, float]
 ) -> None:
-    """phi=0 and alpha=0; or exactly one active client (phi C = 1)."""
+    """phi=0 and alpha=0, or exactly one active client (phi C = 1)."""
     sizes = [9, 9, 5, 7]
     a = train("sglr", make(model), sizes, shape, cut=at, **options)
     b = train("psl", make(model), sizes, shape, cut=at)
@@ -191,7 +191,7 @@ def test_identity_06_equal_starts_and_equal_batches(
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_identity_07_mean_of_own_is_sum_of_slices(shape: tuple[int, ...], count: int) -> None:
-    """phi=1, equal batches: mean of own-mean-loss cut gradients = sum of the concatenated loss's slices."""
+    """phi=1, equal batches: the mean of own gradients is the sum over slices of the concatenated loss's gradient."""
     rng = np.random.default_rng(0)
     gradient = (torch.from_numpy(rng.normal(size=(4 * count, *shape))),)
     smashed = Smashed(gradient, torch.zeros(4 * count), tuple(range(count)), (4,) * count)
@@ -204,7 +204,7 @@ def test_identity_07_mean_of_own_is_sum_of_slices(shape: tuple[int, ...], count:
 
 @model_and_cut
 def test_identity_07_holds_in_training(model: Make, shape: tuple[int, ...], at: str) -> None:
-    """The two readings train the same models when all are active."""
+    """Both definitions train the same models if all clients are active."""
     runs = [
         train("sglr", make(model), [8, 8, 8], shape, cut=at, phi=1.0, average_reduce=reading)
         for reading in ("mean", "sum")
@@ -214,7 +214,7 @@ def test_identity_07_holds_in_training(model: Make, shape: tuple[int, ...], at: 
 
 @model_and_cut
 def test_identity_08_first_server_step_ignores_phi(model: Make, shape: tuple[int, ...], at: str) -> None:
-    """After one step the server is the same for every phi; after two it is not."""
+    """After one step, the server is the same for every phi; after three steps it is not."""
     steps = {
         (phi, n): server_state(train("sglr", make(model), [4 * n] * 4, shape, cut=at, phi=phi, rounds=1))
         for phi in (0.0, 0.5, 1.0)
@@ -230,7 +230,7 @@ def test_identity_08_alpha_one_sums_the_clients_mean_gradients(model: Make, shap
     run = train("slr", make(model), [4, 4, 4], shape, cut=at, alpha=1.0, rounds=1)
     data, net = run.training.source.train, make(model)
     for rows in (torch.arange(0, 4), torch.arange(4, 8), torch.arange(8, 12)):
-        nn.functional.cross_entropy(net(data.x[rows]), data.y[rows]).backward()  # gradients add up
+        nn.functional.cross_entropy(net(data.x[rows]), data.y[rows]).backward()  # gradients accumulate
     expected = {k: p.detach() - 0.1 * p.grad for k, p in net.named_parameters() if p.grad is not None}
     found = server_state(run)
     assert difference(found, {k: expected[k] for k in found}) < TIGHT
@@ -238,9 +238,7 @@ def test_identity_08_alpha_one_sums_the_clients_mean_gradients(model: Make, shap
 
 @pytest.mark.parametrize("at", ["0", "2"])
 def test_identity_09_linear_cut_layer_bias_is_fedsgds(at: str) -> None:
-    """Cut right after a linear layer, equal starts, phi=1: its bias after one step equals FedSGD's, its weight does
-    not.
-    """
+    """Cut after a linear layer, equal starts, phi=1: after a step the bias equals FedSGD's, the weight does not."""
     a = client_state(train("sglr", make(mlp), [4, 4, 4], (6,), cut=at, phi=1.0, alpha=0.0, rounds=1))
     b = client_state(train("fl", make(mlp), [4, 4, 4], (6,), local_steps=1, rounds=1))
     assert difference({"b": a[f"{at}.bias"]}, {"b": b[f"{at}.bias"]}) < TIGHT
@@ -264,7 +262,7 @@ def test_identity_10_averaging_over_rows_gives_rank_one_updates(reduce: str) -> 
 def test_identity_11_empty_client_part_is_centralised_on_the_union(
     model: Make, shape: tuple[int, ...], algorithm: str
 ) -> None:
-    """Everything at the server: PSL and SGLR (any phi) train it on the union batch."""
+    """The whole model at the server: PSL and SGLR (any phi) train it on the union batch."""
     data = samples(19, shape)
     rows = [np.arange(0, 9), np.arange(9, 13), np.arange(13, 19)]
     own = {"phi": 0.7, "alpha": 0.0} if algorithm == "sglr" else {}
@@ -274,7 +272,7 @@ def test_identity_11_empty_client_part_is_centralised_on_the_union(
 
 @pytest.mark.parametrize(("model", "shape"), [(m[1], m[2]) for m in MODELS[1:]])
 def test_identity_11_empty_client_part_sflv2_is_sequential(model: Make, shape: tuple[int, ...]) -> None:
-    """Everything at the server: SplitFed V2 is SGD on one client's batch after another's, in the drawn order."""
+    """The whole model at the server: SplitFed V2 is SGD on one client's batch after another, in the drawn order."""
     from cutlayer import seeds
 
     data = samples(12, shape)
@@ -290,7 +288,7 @@ def test_identity_11_empty_client_part_sflv2_is_sequential(model: Make, shape: t
 
 @pytest.mark.parametrize(("model", "shape"), [(m[1], m[2]) for m in MODELS[1:]])
 def test_identity_11_empty_server_part_sflv2_is_fedavg(model: Make, shape: tuple[int, ...]) -> None:
-    """Everything at the clients: SplitFed V2 is FedAvg."""
+    """The whole model at the clients: SplitFed V2 is FedAvg."""
     sizes = [9, 4, 6]
     fedavg = train("fl", make(model), sizes, shape)
     starts = np.cumsum([0, *sizes])
@@ -311,7 +309,7 @@ U_SHAPES = [
 @pytest.mark.parametrize(("model", "shape", "at", "tail"), U_SHAPES)
 @pytest.mark.parametrize("turns", ["batch", "epoch"])
 def test_identity_12_u_shaped_is_vanilla(model: Make, shape: tuple[int, ...], at: str, tail: str, turns: str) -> None:
-    """Same rates: keeping labels and the last layers at the client changes no number."""
+    """At equal learning rates, keeping the labels and last layers at the client changes no number."""
     sizes = [10, 5, 7]
     vanilla = train("ssl", make(model), sizes, shape, cut=at, hand_over=turns)
     u = train("ussl", make(model), sizes, shape, cut=at, tail_cut=tail, hand_over=turns)
@@ -322,9 +320,7 @@ def test_identity_12_u_shaped_is_vanilla(model: Make, shape: tuple[int, ...], at
 @model_and_cut
 @pytest.mark.parametrize("algorithm", ["psl", "sglr", "sfl", "sflv1", "fl"])
 def test_identity_13_first_adam_step(model: Make, shape: tuple[int, ...], at: str, algorithm: str) -> None:
-    """The first step of Adam is -lr g / (|g| + eps), for server and clients; the gradients come from SGD's first
-    step.
-    """
+    """The first step of Adam is -lr g / (|g| + eps), at server and clients. Gradients are taken from an SGD step."""
     cut = {} if algorithm == "fl" else {"cut": at}
     local = {} if algorithm in ("psl", "sglr") else {"local_steps": 1}
     averaged = {"average_every": "round"} if algorithm == "sfl" else {}
@@ -343,7 +339,7 @@ def test_identity_13_first_adam_step(model: Make, shape: tuple[int, ...], at: st
 
 
 def test_models_are_left_alone() -> None:
-    """Training works on copies: a user's module keeps its weights, its mode and its gradients."""
+    """Training works on copies: the user's module keeps its weights, its mode and its gradients."""
     net = make(mlp).eval()
     before = copy.deepcopy(net.state_dict())
     train("sglr", net, [5, 5], (6,), cut="2")

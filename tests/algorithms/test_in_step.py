@@ -1,4 +1,4 @@
-"""Clients that all step with the sum of their gradients: centralised descent on the same batches, on every engine."""
+"""Clients that all step with the sum of their gradients: centralised descent on the same batches, in every engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = [11, 3, 7]
 
 
 def drawn(rounds: int, batch: int) -> list[torch.Tensor]:
-    """The rows of each step, client after client, by hand."""
+    """The rows of each step, computed by hand, client by client."""
     ends = np.cumsum(SIZES)
     streams = Batches([np.arange(end - n, end) for n, end in zip(SIZES, ends, strict=True)], batch, 0)
     found = []
@@ -34,7 +34,7 @@ def drawn(rounds: int, batch: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("model", "shape", "at"), [m[1:] for m in MODELS], ids=[m[0] for m in MODELS])
 @pytest.mark.parametrize("engine", ["local", "auto"])
 def test_it_is_centralised_descent(model: Any, shape: tuple[int, ...], at: str, engine: str) -> None:
-    """Global sampling and summed gradients: the same batches, the same model at every client, exactly."""
+    """With global sampling and summed gradients, every client has the model of centralised descent on these batches."""
     run = train("gpsl", make(model), SIZES, shape, cut=at, engine=engine, rounds=3)
     assert run.training.engine == ("local" if engine == "local" else "union")
     reference = sgd(make(model), run.training.source.train, drawn(3, 4))
@@ -43,7 +43,7 @@ def test_it_is_centralised_descent(model: Any, shape: tuple[int, ...], at: str, 
 
 
 def test_every_client_steps_whether_it_takes_part_or_not() -> None:
-    """With Adam, and with clients of whom some take part: models and optimisers stay equal."""
+    """With Adam and only some clients taking part, all models and optimisers stay equal."""
     options: dict[str, Any] = {"client_optimizer": "adam", "client_lr": 0.01, "participation": 0.4, "rounds": 4}
     runs = [train("gpsl", make(mlp), SIZES, (6,), cut="2", engine=e, **options) for e in ("local", "auto")]
     first = client_state(runs[0])
@@ -54,7 +54,7 @@ def test_every_client_steps_whether_it_takes_part_or_not() -> None:
 
 
 def test_a_client_that_was_away_gets_the_model_and_its_optimisers_state() -> None:
-    """Client 2 misses a round; when it is back it goes on like the others."""
+    """Client 2 misses a round. When it returns, it has the same model and optimiser state as the others."""
     options: dict[str, Any] = {"client_optimizer": "adam", "client_lr": 0.01, "rounds": 4}
     config = train("gpsl", make(mlp), SIZES, (6,), cut="2", **options).config
     gone: set[int] = set()
@@ -75,12 +75,12 @@ def test_a_client_that_was_away_gets_the_model_and_its_optimisers_state() -> Non
     "options", [{"average_every": "gradients"}, {"average_every": "gradients", "sampling": "proportional"}]
 )
 def test_the_option_keeps_what_all_algorithms_promise(options: dict[str, Any]) -> None:
-    """Engines, resuming, bytes: of SFL with this option, with unequal batches."""
+    """The general checks for SFL with this option, also with unequal batches."""
     check_algorithm("sfl", **options)
 
 
 def test_with_the_step_of_each_round_it_is_sfl_averaged_at_each_step() -> None:
-    """Plain descent, equal batches: mean of models after one step = the model after a step with the sum."""
+    """Plain descent, equal batches: the mean of models after a step is the model after a step with the sum."""
     common: dict[str, Any] = {"cut": "2", "batch": 4, "rounds": 3}
     sums = train("sfl", make(conv), [8, 8, 8], (1, 6, 6), average_every="gradients", **common)
     means = train("sfl", make(conv), [8, 8, 8], (1, 6, 6), average_every="step", gradient_scale="own", **common)
@@ -89,7 +89,7 @@ def test_with_the_step_of_each_round_it_is_sfl_averaged_at_each_step() -> None:
 
 @pytest.mark.parametrize("multicast", [False, True])
 def test_what_is_planned_is_what_is_counted(multicast: bool) -> None:
-    """Bytes and virtual time of equal clients with equal batches."""
+    """For equal clients with equal batches, the planned bytes and virtual time are those of the run."""
     fleet: dict[str, Any] = {
         "client_device": "raspberry-pi-4", "server_device": "raspberry-pi-4", "up_mbps": 0.1, "down_mbps": 0.3,
         "latency_ms": 5.0, "multicast": multicast,
@@ -110,12 +110,12 @@ def test_what_is_planned_is_what_is_counted(multicast: bool) -> None:
 
 
 def test_clients_must_start_equal() -> None:
-    """They would step alike from different places."""
+    """All clients take the same steps, so different initial models would stay different."""
     with pytest.raises(ConfigError, match="start = 'independent' is not possible with gpsl"):
         train("gpsl", lambda: make(mlp), SIZES, (6,), cut="2", start="independent")
 
 
 def test_the_engine_that_stacks_lacks_the_verb() -> None:
-    """One union step is quicker."""
+    """The union engine is faster for this algorithm."""
     with pytest.raises(ConfigError, match="cannot run gpsl, which needs backward_together"):
         Run(algorithm="gpsl", engine="stacked", model="mlp", clients=2, samples_per_client=20)

@@ -1,4 +1,4 @@
-"""SplitAvg, SplitLr and the phases against numbers worked out by hand; the derivation stands beside each."""
+"""SplitAvg, SplitLr and the phases against numbers worked out by hand, with the derivation beside each."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_own_gradients_are_of_the_own_mean_loss() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        # Row 0 exists at clients 0 and 1: (18 + 2) / 2; row 1 too: (36 + 4) / 2; row 2 at client 1 only: 6.
+        # Row 0 exists at clients 0 and 1: (18 + 2) / 2. So does row 1: (36 + 4) / 2. Row 2 exists only at client 1: 6.
         ({}, [10.0, 20.0, 6.0]),
         # In the scale of the concatenated loss: (6 + 1) / 2, (12 + 2) / 2, 3.
         ({"gradient_scale": "union"}, [3.5, 7.0, 3.0]),
-        # Sum of the concatenated loss's slices: 6 + 1, 12 + 2, 3; the scale option plays no role.
+        # Sum of the concatenated loss's slices: 6 + 1, 12 + 2, 3. The scale option has no effect.
         ({"average_reduce": "sum"}, [7.0, 14.0, 3.0]),
         ({"average_reduce": "sum", "gradient_scale": "union"}, [7.0, 14.0, 3.0]),
         # All rows of both clients: (18 + 36 + 2 + 4 + 6) / 5.
@@ -71,7 +71,7 @@ def test_common_gradient_of_unequal_batches(options: dict[str, Any], expected: l
 
 
 def test_what_each_client_back_propagates() -> None:
-    """Client 0 has two rows and uses the first two of the three common ones; client 1 all three; client 2 its own."""
+    """Client 0 has two rows and uses the first two of three common ones, client 1 uses all three, client 2 its own."""
     result = average((0, 1))
     assert column(result.for_client(0, 2)) == [10.0, 20.0]
     assert column(result.for_client(1, 3)) == [10.0, 20.0, 6.0]
@@ -84,7 +84,7 @@ def test_one_sample_shaped_gradient_is_repeated() -> None:
 
 
 def test_all_active_leaves_nothing_to_unicast() -> None:
-    """Row 0 at all three: (18 + 2 + 72) / 3; row 1 at 0 and 1: (36 + 4) / 2; row 2 at client 1: 6."""
+    """All clients have row 0: (18 + 2 + 72) / 3. Clients 0 and 1 have row 1: (36 + 4) / 2. Client 1 has row 2: 6."""
     result = average((0, 1, 2))
     assert column(result.common) == pytest.approx([92 / 3, 20.0, 6.0])
     assert result.clients == ()
@@ -99,8 +99,9 @@ def test_nobody_active_is_psl() -> None:
 
 
 def test_several_tensors_are_averaged_each() -> None:
-    """Two tensors cross: each is averaged by itself. Two clients with one row: own scale is times 2, mean of two: the
-    sum.
+    """Each of the two tensors that cross is averaged by itself.
+
+    Two clients have one row each: their own scale is a factor of 2, and the mean of two is then the sum.
     """
     gradient = (torch.tensor([[1.0], [3.0]]), torch.tensor([[[10.0]], [[30.0]]]))
     both = Smashed(gradient, torch.zeros(2), (0, 1), (1, 1))
@@ -112,8 +113,8 @@ def test_several_tensors_are_averaged_each() -> None:
     ("alpha", "clients", "enrolled", "which", "factor"),
     [
         (0.0, 5, 5, "participating", 1.0),
-        (0.5, 4, 9, "participating", 2.0),  # 4^.5
-        (0.5, 4, 9, "enrolled", 3.0),  # 9^.5
+        (0.5, 4, 9, "participating", 2.0),  # 4^0.5
+        (0.5, 4, 9, "enrolled", 3.0),  # 9^0.5
         (1.0, 3, 10, "participating", 3.0),
         (2.0, 3, 10, "participating", 9.0),  # 3^2
         (1.5, 4, 4, "enrolled", 8.0),  # 4^1.5
@@ -126,9 +127,7 @@ def test_split_lr(alpha: float, clients: int, enrolled: int, which: str, factor:
 
 
 def test_server_rate_is_the_clients_times_c_to_the_alpha() -> None:
-    """Recorded rates: server 0.1 x 3^1.5 with 3 clients in the step; 0.1 x 1 where one client has a batch left
-    alone.
-    """
+    """Recorded rates of the server: 0.1 x 3^1.5 with 3 clients in the step, and 0.1 x 1 with a single client."""
     run = train("sglr", make(mlp), [8, 4, 4], (6,), cut="2", alpha=1.5, rounds=1)
     run = type(run)(run.config, model=make(mlp), data=run.training.source)
     rates = [record.server_lr for record in run]
@@ -140,7 +139,7 @@ def test_server_rate_is_the_clients_times_c_to_the_alpha() -> None:
     [(0.0, 10, 0), (0.25, 10, 3), (0.5, 10, 5), (0.75, 10, 8), (1.0, 10, 10), (0.5, 3, 2), (0.04, 10, 0), (0.25, 2, 1)],
 )
 def test_active_count_is_phi_c_rounded_half_up(phi: float, clients: int, count: int) -> None:
-    """2.5 -> 3, 7.5 -> 8, 1.5 -> 2, .4 -> 0, .5 -> 1."""
+    """Rounding: 2.5 -> 3, 7.5 -> 8, 1.5 -> 2, 0.4 -> 0, 0.5 -> 1."""
     this = Round(0, 1, tuple(range(clients)), (4,) * clients, 0)
     active = Sglr(phi=phi).draw_active(this.clients, this, 0)
     assert len(active) == len(set(active)) == count
@@ -148,21 +147,19 @@ def test_active_count_is_phi_c_rounded_half_up(phi: float, clients: int, count: 
 
 
 def test_active_clients_are_drawn_afresh_and_fairly() -> None:
-    """400 draws of 2 of 5: sets change from step to step, each client is active in 40 % (4 standard deviations: 10
-    %).
-    """
+    """In 400 draws of 2 of 5 clients, each client is active in 40% (10% is 4 standard deviations)."""
     this = Round(3, 10, (1, 4, 5, 7, 9), (400,) * 5, 7)
     draws = [Sglr(phi=0.4).draw_active(this.clients, this, turn) for turn in range(400)]
-    assert len(set(draws)) == 10  # all pairs of five occur
+    assert len(set(draws)) == 10  # all pairs
     for client in this.clients:
         assert 0.3 < sum(client in d for d in draws) / 400 < 0.5
-    assert draws[5] == Sglr(phi=0.4).draw_active(this.clients, this, 5)  # a name, not a sequence
+    assert draws[5] == Sglr(phi=0.4).draw_active(this.clients, this, 5)  # no draw depends on earlier ones
 
 
 @pytest.mark.parametrize(
     ("when", "until", "on"),
     [
-        # Two rounds of five steps: progress 0, .1, ... .9.
+        # Two rounds of five steps: progress 0, 0.1, ... 0.9.
         ("always", 0.6, [True] * 10),
         ("initial", 0.6, [True] * 6 + [False] * 4),
         ("initial", 0.4, [True] * 4 + [False] * 6),
@@ -173,7 +170,7 @@ def test_active_clients_are_drawn_afresh_and_fairly() -> None:
     ],
 )
 def test_phases(when: str, until: float, on: list[bool]) -> None:
-    """The paper's phased variants: SplitAvg during the initial or final 60 % or 40 % of the steps."""
+    """The paper's phased variants: SplitAvg during the initial or final 60% or 40% of the steps."""
     options = Sglr(phi=1.0, phi_when=when, phi_until=until)
     found = []
     for index in range(2):
@@ -186,7 +183,7 @@ def test_phases(when: str, until: float, on: list[bool]) -> None:
 @pytest.mark.parametrize("rounds", [1, 3, 7, 10, 30])
 @pytest.mark.parametrize("steps", [1, 5, 6, 125])
 def test_phases_are_exact_to_the_step(until: float, rounds: int, steps: int) -> None:
-    """Counted in whole numbers: of N steps, step i is in the initial phase when 10 i < 10 until N."""
+    """Phases are computed with whole numbers: of N steps, step i is in the initial phase if 10 i < 10 until N."""
     total = rounds * steps
     tenths = round(until * 10)
     for when in ("initial", "final"):
@@ -198,21 +195,21 @@ def test_phases_are_exact_to_the_step(until: float, rounds: int, steps: int) -> 
 
 
 def test_phases_in_training() -> None:
-    """Recorded active sets follow the phase: 2 rounds of 5 steps, the final 40 %."""
+    """Recorded active sets follow the phase: 2 rounds of 5 steps, the final 40%."""
     run = train("sgl", make(mlp), [20, 20], (6,), cut="2", phi=1.0, phi_when="final", phi_until=0.4)
     run = type(run)(run.config, model=make(mlp), data=run.training.source)
     assert [record.active for record in run] == [()] * 6 + [(0, 1)] * 4
 
 
 def test_one_whole_step_by_hand() -> None:
-    """Client s = w x, server u = v s [scores (u, 0)], two clients with one sample each, phi=1, alpha=1, SGD rate .1.
+    """Client s = w x, server u = v s [scores (u, 0)], two clients with one sample each, phi=1, alpha=1, SGD rate 0.1.
 
     x = 1, 2; labels 0, 0; w = 1; v = 1. With p = sigmoid(v w x): loss = -ln p, dloss/du = p - 1.
-        u = 1: p - 1 = -.26894142; u = 2: p - 1 = -.11920292
-    Server: dL/dv of the mean loss = ((-.26894142)(1) + (-.11920292)(2)) / 2 = -.25367363; rate .1 x 2^1:
-        v = 1 + .2 x .25367363 = 1.05073473
-    Common gradient: own-mean-loss gradients are (p - 1) v = -.26894142, -.11920292; their mean g = -.19407217.
-    Clients: dL/dw = g x; w_0 = 1 + .1 x .19407217 x 1 = 1.01940722; w_1 = 1 + .1 x .19407217 x 2 = 1.03881443
+        u = 1: p - 1 = -0.26894142; u = 2: p - 1 = -0.11920292
+    Server: dL/dv of the mean loss = ((-0.26894142)(1) + (-0.11920292)(2)) / 2 = -0.25367363; rate 0.1 x 2^1:
+        v = 1 + 0.2 x 0.25367363 = 1.05073473
+    Common gradient: own-mean-loss gradients are (p - 1) v = -0.26894142, -0.11920292; their mean g = -0.19407217.
+    Clients: dL/dw = g x; w_0 = 1 + 0.1 x 0.19407217 x 1 = 1.01940722; w_1 = 1 + 0.1 x 0.19407217 x 2 = 1.03881443
     """
     from cutlayer import Run, Samples, Source
 

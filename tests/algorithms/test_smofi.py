@@ -21,7 +21,7 @@ def trained(algorithm: str, sizes: list[int], **options: Any) -> Run:
 
 
 def off(a: Run, b: Run) -> float:
-    """The largest difference of two runs' models."""
+    """The largest difference between the models of two runs."""
     pairs = [(client_state(a, k), client_state(b, k)) for k in range(a.config.clients)]
     return max(difference(x, y) for x, y in [*pairs, (server_state(a), server_state(b))])
 
@@ -29,7 +29,7 @@ def off(a: Run, b: Run) -> float:
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize(("sizes", "options"), [([8, 5, 10], {}), ([10], MOMENTUM)])
 def test_it_is_splitfed_v1(engine: str, sizes: list[int], options: dict[str, Any]) -> None:
-    """Without momentum, or with one client: bit for bit."""
+    """Equal bit for bit without momentum, or with one client."""
     assert off(*(trained(a, sizes, engine=engine, **options) for a in ("smofi", "sflv1"))) == 0
 
 
@@ -41,14 +41,14 @@ def test_with_one_local_step_it_is_one_union_step() -> None:
 
 @pytest.mark.parametrize("options", [MOMENTUM, {"server_optimizer": "adam", "server_lr": 0.01}])
 def test_engines_agree(options: dict[str, Any]) -> None:
-    """Clients of 8, 5 and 10 rows leave a round one after another."""
+    """Clients of 8, 5 and 10 rows finish a round at different steps."""
     local, stacked = (trained("smofi", [8, 5, 10], engine=e, **options) for e in ("local", "stacked"))
     assert off(local, stacked) < 1e-9
     assert off(local, trained("sflv1", [8, 5, 10], **options)) > 1e-5
 
 
 class Scores(torch.nn.Linear):
-    """One linear layer, of rows as a server gets them."""
+    """One linear layer for rows in the form that a server receives."""
 
     def forward(self, rows: tuple[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
         """[n, 2] -> [n, 2]"""
@@ -56,7 +56,7 @@ class Scores(torch.nn.Linear):
 
 
 def test_momentum_by_hand() -> None:
-    """Two copies of one linear layer, momentum 0.5, weights 1 and 3: u is the weighted mean from the second step on."""
+    """Two copies of a linear layer, momentum 0.5, weights 1 and 3: from the second step on, u is the weighted mean."""
     model = Scores(2, 2, bias=False).double()
     server = Server(model, make_optimizer("sgd", 0.1, {"momentum": 0.5}), 0.1)
     start = model.weight.detach().clone()

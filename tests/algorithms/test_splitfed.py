@@ -1,4 +1,4 @@
-"""Whose rows the server of SplitFed V2 steps on, and in which order."""
+"""The rows of each server step of SplitFed V2, and their order."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ TINY: dict[str, Any] = {
 
 
 def trained(**options: Any) -> Run:
-    """A run on digits, finished."""
+    """A finished run on digits."""
     run = Run(**TINY, **options)
     run.run()
     return run
 
 
 def second(sizes: list[int], **options: Any) -> Run:
-    """A run of SplitFed V2."""
+    """A finished run of SplitFed V2 on random data."""
     return train("sflv2", make(mlp), sizes, (6,), cut="1", **options)
 
 
 def off(a: Run, b: Run) -> float:
-    """The largest difference of two runs' models."""
+    """The largest difference between the models of two runs."""
     pairs = [(client_state(a, k), client_state(b, k)) for k in range(a.config.clients)]
     return max(difference(x, y) for x, y in [*pairs, (server_state(a), server_state(b))])
 
 
 @pytest.mark.parametrize(("sizes", "options"), [([10], {}), ([4, 9, 6], {"local_steps": 1, "rounds": 3})])
 def test_both_orders_are_one(sizes: list[int], options: dict[str, Any]) -> None:
-    """With one client, or one batch of each: bit for bit."""
+    """Equal bit for bit with one client, or with one batch per client."""
     assert off(*(second(sizes, server_order=order, **options) for order in ("interleaved", "sequential"))) == 0
 
 
 def test_client_by_client_each_through_its_epoch() -> None:
-    """A step has one client's rows; each client's batches follow one another, in another order in each round."""
+    """A step has one client's rows. A client's batches follow one another. Each round has another order of clients."""
     run = Run(**TINY, server_order="sequential", rounds=4, engine="local")
     steps = list(run)
     rounds = [[r.clients for r in steps if r.round == n] for n in range(4)]

@@ -1,4 +1,4 @@
-"""The U-shaped parallel algorithms are what they are without the U, where tails are equal; alone they are ussl."""
+"""U-shaped parallel algorithms equal those without the U if tails are equal, and ussl if there is one client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_step_from_equal_tails_is_that_of_its_kin(
 
 
 def test_averaged_at_every_step_the_tails_are_the_servers() -> None:
-    """With plain descent, the mean of the clients' steps of their tails is the server's step: many steps alike."""
+    """With plain descent, the mean of the clients' steps of their tails is the server's step, also over many steps."""
     options: dict[str, Any] = {"cut": "0", "rounds": 3, "average_every": "step"}
     bent = train("usfl", make(mlp), [8, 8, 8], (6,), tail_cut="2", **options)
     straight = train("sfl", make(mlp), [8, 8, 8], (6,), **options)
@@ -59,7 +59,7 @@ def test_one_client_alone_is_sequential(
 
 
 def test_clients_weigh_as_much_as_their_rows_count() -> None:
-    """Classes that count differently: as where the server has the labels."""
+    """With class weights, the result is the same as if the server had the labels."""
     options: dict[str, Any] = {"cut": "0", "rounds": 1, "batch": 8, "class_weights": [1.0, 2.0, 3.0, 0.5]}
     bent = train("upsl", make(mlp), [8, 8, 8], (6,), tail_cut="2", **options)
     straight = train("psl", make(mlp), [8, 8, 8], (6,), **options)
@@ -72,7 +72,7 @@ def test_clients_weigh_as_much_as_their_rows_count() -> None:
 
 
 class Leaving(CohortAround):
-    """Client 1 goes away between its forward pass and the server's features."""
+    """Client 1 leaves between its forward pass and the arrival of the server's features."""
 
     def tail(self, features: Smashed) -> TailGradients:
         stay = Smashed(
@@ -82,7 +82,7 @@ class Leaving(CohortAround):
 
 
 def test_a_client_that_leaves_before_its_tail_has_answered_is_left_out() -> None:
-    """The server's step is that on the other clients' rows."""
+    """The server's step uses only the rows of the other clients."""
     found = []
     for leaves in (True, False):
         run = train("upsl", make(mlp), [5, 4, 6], (6,), cut="0", tail_cut="2", rounds=1, batch=8)
