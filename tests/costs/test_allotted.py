@@ -1,4 +1,4 @@
-"""Cuts that are chosen for clients: within memory, within time, by machine and link; and what does not fit."""
+"""Cuts chosen for each client by memory, by time or by machine and link, and the errors if no cut fits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cuts(**options: Any) -> tuple[str, ...]:
 
 
 def memory(cut: str) -> float:
-    """Gigabytes that the plan says a client needs."""
+    """Memory in GB that the plan states for a client."""
     planned = plan(PlanConfig(model="mlp", cut=cut, input=(1, 8, 8), algorithms=("psl",), batch=8))
     return planned.chosen.cost.memory / 1e9
 
@@ -48,10 +48,10 @@ def test_the_deepest_cut_within_a_memory_budget_is_the_plans() -> None:
 def test_cuts_within_a_time_budget_and_by_profile() -> None:
     slow = {"speed_spread": 2.0, **FLEET}
     chosen = cuts(cut_by="time", client_seconds=(1e9,), **slow)
-    assert chosen == ("hidden3",) * 3  # whatever fits: the deepest
+    assert chosen == ("hidden3",) * 3  # all cuts fit, so the deepest is chosen
     with pytest.raises(ConfigError, match=r"no cut fits client 0: .* s for a step, more than its client_seconds"):
         cuts(cut_by="time", client_seconds=(1e-9,), **slow)
-    assert cuts(cut_by="profile", **FLEET) == ("hidden1",) * 3  # the least to compute, of cuts that send equally much
+    assert cuts(cut_by="profile", **FLEET) == ("hidden1",) * 3  # least computation of the cuts that send equally much
 
 
 def test_a_device_says_how_much_memory_it_has(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_device_says_how_much_memory_it_has(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cut_by = 'time' needs client_seconds"):
         cuts(cut_by="time", **own)
     found = cuts(cut_by="profile", server_device="tiny", **own)
-    assert found == ("hidden2",) * 3  # as quick as any other with a server like the clients: the deepest that fits
+    assert found == ("hidden2",) * 3  # all cuts take equally long, so the deepest that fits
     with pytest.raises(ConfigError, match="more than its device's memory"):
         cuts(cut_by="profile", batch=4000, **own)
 

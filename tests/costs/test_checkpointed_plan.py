@@ -1,4 +1,4 @@
-"""Plans of blocks that are computed again in the backward pass: against real runs."""
+"""Plans with blocks that are computed again in the backward pass, compared with real runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MACHINES = {"client_device": "raspberry-pi-4", "link": "lte", "server_device": "
 
 
 class Block(nn.Module):
-    """Saves more than its input."""
+    """A block that saves more than its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Traced(nn.Module):
-    """Blocks of a model that torch.fx traces."""
+    """A model with blocks that torch.fx can trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Traced(nn.Module):
 
 
 class Replayed(Traced):
-    """Blocks of a model that it cannot trace."""
+    """A model with blocks that torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != WIDTH:
@@ -62,7 +62,7 @@ def planned(kind: type[nn.Module], **options: Any) -> Plan:
 
 
 def same(algorithm: str, kind: type[nn.Module], more: dict[str, Any], sides: str) -> Expected:
-    """What a plan says, which is what a run computes: FLOPs and time."""
+    """The planned costs, after a check that a run computes the same FLOPs and takes the same time."""
     given = {"gradient_checkpointing": sides, **MACHINES, **more}
     e = planned(kind, algorithms=(algorithm,), **given).costs[0].expected
     common = {"clients": CLIENTS, "batch": BATCH, "epochs": 1, "partition": "column", "engine": "local"}
@@ -95,7 +95,7 @@ def test_a_plan_is_what_a_run_computes(algorithm: str, more: dict[str, Any], sid
 )
 @pytest.mark.long
 def test_each_side_computes_its_blocks_again(algorithm: str, kind: type[nn.Module], more: dict[str, Any]) -> None:
-    """Nothing else changes."""
+    """Only the side with checkpointing computes more, and the bytes stay the same."""
     sides = ("none", "client", "both", *(() if algorithm == "fl" else ("server",)))
     found = {one: same(algorithm, kind, more, one) for one in sides}
     plain, both = found["none"], found["both"]
@@ -108,7 +108,7 @@ def test_each_side_computes_its_blocks_again(algorithm: str, kind: type[nn.Modul
 
 
 def test_memory_and_what_is_said() -> None:
-    """Of the client where its blocks are computed again, for the chosen cut, each rank and each budget."""
+    """If the client's blocks are computed again, the chosen cut, ranks and budgets have another memory."""
     plain, server, client = (
         planned(Traced, algorithms=("fl", "sfl"), ranks=2, gradient_checkpointing=s)
         for s in ("none", "server", "client")
@@ -137,7 +137,7 @@ def test_memory_and_what_is_said() -> None:
 
 
 def test_cuts_without_blocks() -> None:
-    """What a run refuses, a plan refuses."""
+    """A plan refuses the same options as a run."""
     found = planned(Traced, cut="all", algorithms=("sfl",), gradient_checkpointing="client")
     assert [cut.measured.name for cut in found.cuts] == [f"blocks.{i}" for i in range(BLOCKS)]
     assert found.refused["first"] == "no whole block lies on the client's side of the cut"

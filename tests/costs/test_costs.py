@@ -1,4 +1,4 @@
-"""Bytes, FLOPs, virtual time and energy: against hand counts, against the paper's example, and against each other."""
+"""Bytes, FLOPs, virtual time and energy: compared with hand counts, the paper's example and each other."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_papers_example() -> None:
     assert round(100 * (1 - found["sglr"] / found["sfl"]), 1) == 88.6
     assert math.floor(100e3 * (1 - found["sglr"] / found["fl"])) / 1e3 == 95.499
     assert per_client("fl", EXAMPLE) == 400
-    assert time("psl", EXAMPLE, rate=10, compute=1) == 1 + 2400 / 10  # sic
+    assert time("psl", EXAMPLE, rate=10, compute=1) == 1 + 2400 / 10  # as the paper states it
     assert time("sglr", EXAMPLE, rate=10, compute=1) == pytest.approx(1 + 18.00024 / 10)
 
 
@@ -63,7 +63,7 @@ def test_the_ledgers_paper_convention_is_the_papers_formula(method: str) -> None
 
 
 def test_flops_of_the_zoo_by_hand() -> None:
-    """Forward: 2 x multiply-adds. Backward: as much for the weights, and for the input, except in the first layer."""
+    """Forward: 2 x multiply-adds. Backward: as many for weights, and for the input except in the first layer."""
     picture = torch.rand(4, 1, 28, 28)
     mlp = count(cut(build("mlp", (1, 28, 28), 10), "hidden2", picture), picture)
     first, second = 2 * 784 * 128, 2 * 128 * 128
@@ -86,7 +86,7 @@ def test_table_4_the_client_computes_94_7_percent_less() -> None:
     picture = torch.rand(4, 1, 28, 28)
     flops = count(cut(build("alexnet", (1, 28, 28), 10), "block1", picture), picture)
     assert round(100 * (1 - flops.client.three_forwards / flops.whole.three_forwards), 1) == 94.7
-    # As truly counted the client saves more: its first layer has no input gradient to compute.
+    # By an exact count, the client saves more: its first layer computes no gradient of its input.
     assert round(100 * (1 - flops.client.training / flops.whole.training), 1) == 96.4
     runs = {a: Run(algorithm=a, rounds=1, **{**SMALL, "clients": 5}).run() for a in ("cl", "fl", "sglr")}
     assert runs["fl"].client_flops
@@ -94,7 +94,7 @@ def test_table_4_the_client_computes_94_7_percent_less() -> None:
 
 
 def test_flops_need_no_values() -> None:
-    """The same on the meta device, where nothing is computed."""
+    """The count is the same on the meta device, where nothing is computed."""
     real, example = build("cnn", (1, 28, 28), 10), torch.rand(3, 1, 28, 28)
     parts = cut(real, "block1", example)
     expected = count(parts, example)
@@ -104,7 +104,7 @@ def test_flops_need_no_values() -> None:
 
 
 def test_attention_counts() -> None:
-    """Four projections, scores and weighted values, forward; FlashAttention's own backward pass is not counted."""
+    """The forward pass has four projections, scores and weighted values. Recomputed scores are not counted."""
     rows, tokens, width = 3, 5, 8
 
     class Attention(nn.Module):
@@ -149,7 +149,7 @@ def test_flops_change_nothing_and_say_what_they_do_not_know() -> None:
         count(cut(nn.Sequential(nn.Linear(8, 8), Recurrent()), "0", example), example)
     looked_up = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
     words = torch.randint(9, (4, 2))
-    assert count(cut(looked_up, "0", words), words).client == Flops(0.0, 0.0)  # and no warning
+    assert count(cut(looked_up, "0", words), words).client == Flops(0.0, 0.0)  # without a warning
 
 
 def work_of(run: Run, **options: Any) -> Workload:
@@ -179,7 +179,7 @@ def work_of(run: Run, **options: Any) -> Workload:
 
 
 def tail_of(algorithm: str) -> dict[str, Any]:
-    """The cuts of an algorithm whose clients have tails."""
+    """The two cuts, if clients of the algorithm have tails."""
     return {"cut": "hidden1", "tail_cut": "hidden2"} if u_shaped(algorithm) else {}
 
 
@@ -254,16 +254,16 @@ def two(speeds: list[float], **options: Any) -> Clock:
 def test_the_clock_by_hand() -> None:
     clock = two([10.0, 20.0], server_speed=100.0)
     clock.begin([0, 1])
-    clock.compute(np.array([10.0, 10.0]))  # 1 s; .5 s
-    clock.upload(np.array([1e6, 1e6]))  # until 2 s; 1 s
-    assert clock.server == 2.25  # the slower one's arrival
+    clock.compute(np.array([10.0, 10.0]))  # 1 s, 0.5 s
+    clock.upload(np.array([1e6, 1e6]))  # until 2 s, until 1 s
+    assert clock.server == 2.25  # the later arrival
     clock.serve(50.0)
-    clock.download(np.array([2e6, 0.0]), 2e6)  # leaves at 2.75, arrives at 3, takes .5
+    clock.download(np.array([2e6, 0.0]), 2e6)  # leaves at 2.75 s, arrives at 3 s, takes 0.5 s
     clock.compute(np.array([5.0, 0.0]))
     assert clock.ready.tolist() == [4.0, 1.0]
     now = clock.read()
     assert now.seconds == 4.0
-    # Client 0 computed 1.5 s, sent 1 s, received .5 s, waited 1 s; client 1 .5, .5, 0 and 3 s.
+    # Client 0 computed 1.5 s, sent 1 s, received 0.5 s and waited 1 s; client 1: 0.5 s, 0.5 s, 0 s and 3 s.
     assert now.clients.computing == pytest.approx(2.0 * (1.5 + 0.5))
     assert now.clients.radio_rate == pytest.approx(0.1 * 2 + 0.2 * 2)
     assert now.clients.radio_base == pytest.approx(1.0 * 1.5 + 0.5 * 0.5)
@@ -278,36 +278,36 @@ def test_who_is_not_asked_sleeps() -> None:
     clock.begin([0])
     clock.compute(np.array([100.0, 0.0]))
     clock.upload(np.array([1e6, 0.0]))  # until 11 s
-    assert clock.read().clients.waiting == pytest.approx(0.5 * 0.25)  # client 0 until its message has come
+    assert clock.read().clients.waiting == pytest.approx(0.5 * 0.25)  # client 0 waits until its message has arrived
     clock.begin([1])  # wakes at 11.25, the server's time
     clock.compute(np.array([0.0, 10.0]))
     assert clock.now == 12.25
-    assert clock.read().clients.waiting == 0.0  # client 0's .25 s too are now between two rounds
+    assert clock.read().clients.waiting == 0.0  # client 0's 0.25 s now count as time between two rounds
 
 
 def test_the_server_waits_for_those_that_send() -> None:
-    """Whoever computes for 10 s more and sends nothing does not hold the others up."""
+    """A client that computes for 10 s and sends nothing does not delay the others."""
     clock = two([10.0, 10.0])
     clock.begin([0, 1])
     clock.compute(np.array([100.0, 0.0]))
     clock.upload(np.array([0.0, 1e6]))
-    assert clock.server == 0.75  # half a second on air, a quarter on the way
+    assert clock.server == 0.75  # 0.5 s on air and 0.25 s of latency
     assert clock.ready.tolist() == [10.0, 0.5]
 
 
 def test_what_comes_is_received_when_the_client_is_through() -> None:
-    """The server's answer waits for a client that still computes; the other client waits for the answer."""
+    """A client that still computes receives the server's answer when it has finished. The other client waits for it."""
     clock = two([10.0, 10.0])
     clock.begin([0, 1])
-    clock.compute(np.array([100.0, 0.0]))  # 10 s; nothing
-    clock.upload(np.array([0.0, 1e6]))  # until 0.5 s; there at 0.75 s
-    clock.download(np.array([2e6, 2e6]), 0.0)  # there at 1 s, half a second each
+    clock.compute(np.array([100.0, 0.0]))  # 10 s, 0 s
+    clock.upload(np.array([0.0, 1e6]))  # sent at 0.5 s, arrives at 0.75 s
+    clock.download(np.array([2e6, 2e6]), 0.0)  # arrives at 1 s and takes 0.5 s each
     assert clock.ready.tolist() == [10.5, 1.5]
     assert clock.now == 10.5
 
 
 def test_the_u_shape_by_hand(tmp_path: Path) -> None:
-    """Two clients take turns, of three rows and of two, one batch each; the model goes from one to the other."""
+    """Two clients of three and two rows take turns of one batch each. The model moves from one to the other."""
     mine = tmp_path / "mine.toml"
     mine.write_text(
         "[device.mote]\nflops_per_second = 1e3\nrates.float64 = 1e3\nwatts = 2.0\nidle_watts = 0.5\nsource = 'me'\n"
@@ -319,22 +319,22 @@ def test_the_u_shape_by_hand(tmp_path: Path) -> None:
         "ussl", make(mlp), [3, 2], (6,), cut="0", tail_cut="2", rounds=1, profiles=str(mine), utilisation=1.0,
         client_device="mote", server_device="desk", link="air",
     )  # fmt: skip
-    # FLOPs of a row: 2 x 6 x 8 in the lower part, whose backward pass has no gradient of its input, 2 x 8 x 8 in the
-    # middle, 2 x 8 x 4 in the tail. What crosses is 8 numbers of 8 bytes a row, up and down, twice each.
+    # FLOPs per row: 2 x 6 x 8 in the lower part, whose backward pass computes no gradient of its input, 2 x 8 x 8 in
+    # the middle, and 2 x 8 x 4 in the tail. A row crosses as 8 numbers of 8 bytes, twice up and twice down.
     lower, middle, middle_back, tail = 96.0, 128.0, 256.0, 64.0 + 128.0
     crossing, model = 8 * 64.0, 8 * 8.0 * (6 * 8 + 8 + 8 * 4 + 4)  # bits
     up, down, latency = 1e4, 2e4, 0.1
 
     def turn(rows: int) -> float:
-        """The seconds of a turn, from the first pass to the last."""
+        """Seconds of a turn, from the first forward pass to the last backward pass."""
         computing = (2 * lower + tail) / 1e3 + (middle + middle_back) / 1e4
         return rows * (computing + 2 * crossing / up + 2 * crossing / down) + 4 * latency
 
     seconds = turn(3) + (model / up + model / down + 2 * latency) + turn(2)
-    work, bits = 5 * (2 * lower + tail), 5 * 2 * crossing + model  # of both clients, the latter in each direction
+    work, bits = 5 * (2 * lower + tail), 5 * 2 * crossing + model  # both clients; bits in each direction
     busy = work / 1e3 + bits / up + bits / down
     marginal = 2.0 * work / 1e3 + (20.0 + 5.0) * bits / 1e6
-    waiting = 2 * seconds - busy  # each client waits while the other has its turn, and for the server
+    waiting = 2 * seconds - busy  # each client waits for the other's turn and for the server
     result = run.result
     assert result is not None
     assert result.virtual_seconds == pytest.approx(seconds, rel=1e-12)
@@ -346,7 +346,7 @@ def test_the_u_shape_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_clock_taken_up_again_reads_the_same() -> None:
-    """Also that client 0, which takes part, waits until its message has come."""
+    """Client 0 takes part, and its wait until its message has arrived is part of the state."""
     clock, again = two([10.0, 10.0]), two([10.0, 10.0])
     clock.begin([0])
     clock.compute(np.array([10.0, 0.0]))
@@ -359,7 +359,7 @@ def test_a_clock_taken_up_again_reads_the_same() -> None:
 def test_a_narrow_server_and_multicast() -> None:
     clock = two([10.0, 10.0], server_rate=1e6)
     clock.begin([0, 1])
-    clock.upload(np.array([1e6, 1e6]))  # together 2 Mbit through 1 Mbit/s
+    clock.upload(np.array([1e6, 1e6]))  # together 2 Mbit at 1 Mbit/s
     assert clock.ready.tolist() == [2.0, 2.0]
     clock.download(np.array([1e6, 1e6]), 1e6)  # one copy for both
     assert clock.ready.tolist() == [3.5, 3.5]
@@ -405,7 +405,7 @@ def test_profiles_of_ones_own(tmp_path: Path) -> None:
     options = {**SMALL, "rounds": 1, "algorithm": "psl", "profiles": str(mine)}
     run = Run(client_device="mote", up_mbps=1.0, down_mbps=1.0, **options)
     result = run.run()
-    assert result.clients_joules is None  # nothing is known of the link's energy
+    assert result.clients_joules is None  # the energy of the link is not known
     assert result.virtual_seconds is not None
     compute = 20 * run.training.flops.client.training / 1e6
     assert result.virtual_seconds > compute
@@ -414,7 +414,7 @@ def test_profiles_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_rates_of_other_precisions() -> None:
-    """The data sheets' figures, a bound of what such devices do, and none for processors that have none."""
+    """Rates are those of the data sheets, at most what such devices can reach, and None if the processor has none."""
     devices = Profiles.load().devices
     known = {n: [d.rate(p) for p in ("float32", "bfloat16", "float16", "tf32", "float64")] for n, d in devices.items()}
     assert known["a100"] == [19.5e12, 312e12, 312e12, 156e12, 19.5e12]
@@ -452,7 +452,7 @@ def test_a_fleet_has_the_rates_of_its_precision(tmp_path: Path, precision: Any) 
 
 
 def test_a_run_takes_the_rate_of_its_precision_and_says_what_is_not_known() -> None:
-    """The same FLOPs on a faster server; the clients' device has no such rate."""
+    """The server is faster at equal FLOPs. The clients' device has no rate in bfloat16, which is a warning."""
     options: dict[str, Any] = {**SMALL, **FLEET, "algorithm": "psl", "rounds": 1, "utilisation": 1e-6}
     with pytest.warns(CutlayerWarning, match="raspberry-pi-zero-2w has no known rate in bfloat16: its float32 rate"):
         narrow = Run(**options, precision="bfloat16")
@@ -517,7 +517,7 @@ def test_bad_fleets(options: dict[str, Any], words: list[str]) -> None:
 
 @pytest.mark.parametrize(("fraction", "slow"), [(0.0, 0), (0.25, 1), (0.4, 2), (1.0, 4)])
 def test_stragglers_by_hand(fraction: float, slow: int) -> None:
-    """Of four clients, the nearest number is five times as slow as the others, in computing and on the link."""
+    """A fraction of the four clients, rounded, is five times as slow as the others in computing and on the link."""
     config = RunConfig(**SMALL, client_device="raspberry-pi-4", link="lte", straggler_slowdown=5.0, stragglers=fraction)
     usual, found = fleet(config.model_copy(update={"stragglers": 0.0}), 4), fleet(config, 4)
     assert usual is not None
@@ -546,7 +546,7 @@ def test_a_resumed_clock_reads_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("participation", [1.0, 0.5])
 def test_local_steps_go_on_where_the_last_round_stopped(participation: float) -> None:
-    """20 samples in batches of 8: 8, 8, 4, then anew. Two steps a round are 16, 12, 12, 16 samples and so on."""
+    """20 samples give batches of 8, 8, 4, 8, ...: rounds of two steps have 16, 12, 12, 16, ... samples."""
     run = Run(algorithm="fl", local_steps=2, rounds=5, participation=participation, **SMALL, **FLEET)
     result, clock = run.run(), run.training.clock
     assert clock is not None
@@ -608,7 +608,7 @@ def test_calibration_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_calibration_with_a_model_of_ones_own(tmp_path: Path) -> None:
-    """Word numbers in, one number out."""
+    """The model takes word numbers and returns one number."""
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "def make(): return nn.Sequential(nn.Embedding(2, 4), nn.Flatten(), nn.LazyLinear(3), nn.Linear(3, 1))\n"

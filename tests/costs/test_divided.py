@@ -1,4 +1,4 @@
-"""What a rank holds and sends is what the formulas say (`engine/test_distributed.py`: and what real ranks send)."""
+"""Memory and traffic of a rank by the formulas of plans. `engine/test_distributed.py` compares them with real ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cutlayer.options import PlanConfig
 CLIENTS, BATCH, RANKS, SAMPLES = 7, 3, 2, 10
 AROUND = 2 * (RANKS - 1) / RANKS
 TOLD = AROUND * CLIENTS * 12
-"""Bytes of the clients' losses beside the gradient."""
+"""Bytes of the clients' losses, which travel with the gradient."""
 LOWER, UPPER = 4 * (6 * 5 + 5), 4 * (5 * 4 + 4)  # bytes of weights
 
 
@@ -25,13 +25,13 @@ def net() -> nn.Module:
 
 
 def planned(*names: str, model: object = net, **options: object) -> Plan:
-    """A plan of these algorithms for several ranks."""
+    """A plan of these algorithms with several ranks."""
     base = {"cut": "0", "input": (6,), "clients": CLIENTS, "batch": BATCH, "samples_per_client": SAMPLES}
     return plan(PlanConfig.of({**base, "ranks": RANKS, "algorithms": names, **options}), model)  # type: ignore[arg-type]
 
 
 def of(name: str, **options: object) -> PerRank:
-    """That of one algorithm."""
+    """The costs per rank of one algorithm."""
     (found,) = planned(name, **options).ranks
     return found
 
@@ -47,16 +47,16 @@ def of(name: str, **options: object) -> PerRank:
     ],
 )
 def test_sent(name: str, step: float, averaging: float) -> None:
-    """By hand, from the sizes of the two layers: 4 clients are on one rank, 3 on the other."""
+    """Computed by hand from the sizes of the two layers. One rank has 4 clients, the other 3."""
     found = of(name)
     assert (found.clients, found.step, found.averaging) == (4, step, averaging)
-    last = BATCH - SAMPLES % BATCH  # rows that the last step lacks
+    last = BATCH - SAMPLES % BATCH  # rows that the last batch is short of a full one
     common = AROUND * 20 if name == "sglr" else 0.0
     assert found.epoch == math.ceil(SAMPLES / BATCH) * step - last * common + averaging
 
 
 def test_sent_where_rows_are_gathered() -> None:
-    """Rows of five floats, and their labels; server copies are on every rank."""
+    """Rows are five floats and a label. Every rank holds all server copies."""
     rows = (RANKS - 1) * 4 * (20 + 8)
     for found in (of("sflv2"), of("smofi")):
         assert found.step == found.gathering == BATCH * rows
@@ -66,26 +66,26 @@ def test_sent_where_rows_are_gathered() -> None:
 
 
 def test_gathered_rows_of_clients_with_tails() -> None:
-    """Labels stay; the loss of each tail, and the gradients of four features of a row, go to the others."""
+    """Labels stay. The loss of each tail and the gradients of a row's four features go to the other ranks."""
     (found,) = planned("usfl", model=lambda: nn.Sequential(*net(), nn.Linear(4, 4)), tail_cut="1").ranks
     assert found.gathering == (RANKS - 1) * 4 * (8 + BATCH * (20 + 16))
 
 
 def test_losses_go_by_themselves_where_no_gradient_goes() -> None:
-    """The server's part is frozen."""
+    """The server's part is frozen, so no gradient carries the losses."""
     found = of("psl", freeze="^1")
     assert found.step == (RANKS - 1) * 4 * 8
 
 
 def test_sent_of_whole_models() -> None:
-    """Nothing in a step."""
+    """Steps send nothing; only averaging does."""
     found = of("fl")
     assert (found.step, found.gathering) == (0, 0)
     assert found.epoch == found.averaging == AROUND * (LOWER + UPPER)
 
 
 def test_held() -> None:
-    """Weights, gradients and two numbers of Adam for each; the server's once, or for each client too."""
+    """Weights, gradients and two numbers of Adam for each client model, and for one server part or one per client."""
     assert of("psl").states == 4 * 4 * LOWER + 4 * UPPER
     assert of("psl", client_optimizer="sgd").states == 2 * (4 * LOWER + UPPER)
     assert of("fl").states == 4 * 4 * (LOWER + UPPER)
@@ -95,7 +95,7 @@ def test_held() -> None:
 
 
 def test_who_cannot_be_shared() -> None:
-    """Those that ranks refuse are named; one process has no table, and ranks without clients are an error."""
+    """The plan names algorithms that ranks refuse. One process has no table. More ranks than clients are an error."""
     found = {one.algorithm: one.refused for one in planned("ssl", "cl", "psl").ranks}
     assert found["psl"] == ""
     assert "take turns" in found["ssl"]
@@ -107,7 +107,7 @@ def test_who_cannot_be_shared() -> None:
 
 
 def test_the_network_of_the_paper() -> None:
-    """ResNet16, 1000 clients, batches of 8, 8 ranks: 2 MB a step, where gathering all rows takes 219 MiB."""
+    """ResNet16, 1000 clients, batches of 8, 8 ranks: 2 MB per step. Gathering all rows would take 219 MiB."""
     options = {"model": "resnet16", "cut": "block4", "clients": 1000, "batch": 8, "ranks": 8}
     apart, gathered = found = plan(PlanConfig.of({**options, "algorithms": ("sglr", "sflv2")})).ranks
     assert apart.step == pytest.approx(1.9e6, rel=0.2)

@@ -1,4 +1,4 @@
-"""Plans of language models from a configuration alone: against the model with its weights, and against real runs."""
+"""Plans of language models from a configuration alone, compared with plans of loaded models and with real runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run(folder: Path, algorithm: str, **options: Any) -> Run:
 def test_a_plan_of_a_configuration_is_what_a_run_counts(
     folder: Path, tmp_path: Path, algorithms: tuple[str, ...], options: dict[str, str]
 ) -> None:
-    """Bytes, FLOPs and time; and the plan of the model with its weights, to the last digit."""
+    """Bytes, FLOPs and time equal those of a run, and the plan equals that of the loaded model exactly."""
     alone = tmp_path / "tiny.json"
     alone.write_bytes((folder / "config.json").read_bytes())
     found = planned(f"hf:{alone}", algorithms=algorithms, **options, **MACHINES)
@@ -114,7 +114,7 @@ def test_a_plan_of_a_configuration_is_what_a_run_counts(
 def test_ranks_per_client_are_what_a_run_counts(
     folder: Path, algorithms: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    """Bytes, FLOPs, time and energy, on machines and links that differ."""
+    """Bytes, FLOPs, time and energy on different machines and links."""
     ranks = {"lora_rank": 0, "lora_ranks": (1, 4, 1), "speed_spread": 0.7, "rate_spread": 0.5}
     found = planned(f"hf:{folder}", algorithms=algorithms, **options, **ranks, **MACHINES)
     for cost in found.costs:
@@ -133,8 +133,9 @@ def test_ranks_per_client_are_what_a_run_counts(
 
 @pytest.mark.long
 def test_fewer_heads_of_keys_take_less_memory_and_no_scores_are_kept(folder: Path) -> None:
-    """The saved memory grows with the tokens, except a mask with their square; a block keeps its inputs if it is
-    computed again.
+    """Saved memory is linear in the number of tokens, except for a mask, which is quadratic.
+
+    A block that is computed again keeps only its inputs.
     """
     kept = []
     for tokens in (8, 16):
@@ -148,7 +149,7 @@ def test_fewer_heads_of_keys_take_less_memory_and_no_scores_are_kept(folder: Pat
 
 @pytest.mark.long
 def test_memory_of_both_sides(folder: Path) -> None:
-    """By hand: parameters, gradients, Adam's moments; the server has the rows of all clients."""
+    """Parameters, gradients and Adam's moments by hand. The server holds the rows of all clients."""
     found = planned(f"hf:{folder}", algorithms=("fl", "sfl"))
     client, server, whole = found.memory
     assert [one.side for one in found.memory] == ["client", "server", "client of FL"]
@@ -175,7 +176,7 @@ def test_codecs_that_cannot_be_planned(folder: Path) -> None:
 
 
 def test_data_are_sent_once(folder: Path) -> None:
-    """Adapters of 672 bytes per epoch, up and down, against tokens and labels of 96 bytes per sample, once."""
+    """Adapters are 672 bytes per epoch, up and down. Tokens and labels are 96 bytes per sample and are sent once."""
     (found,) = [
         b
         for b in planned(f"hf:{folder}", algorithms=("cl", "fl"), samples_per_client=100).data_break_evens

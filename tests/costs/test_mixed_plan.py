@@ -1,4 +1,4 @@
-"""Plans of clients whose cuts differ: against real runs, and by brute force."""
+"""Plans of clients with different cuts, compared with real runs and with brute force."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ DIFFERENT: dict[str, Any] = {
     "speed_spread": 0.7, "rate_spread": 0.5, "stragglers": 0.2,
 }  # fmt: skip
 NARROW: dict[str, Any] = {"multicast": True, "server_mbps": 0.5}
-STATED = ("psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "scala", "smofi", "sgl", "sglr")  # and can mix cuts
-ROWS = 10  # of each client
+STATED = ("psl", "slr", "sfl", "sflv1", "sflv2", "sflv3", "scala", "smofi", "sgl", "sglr")  # and allow different cuts
+ROWS = 10  # per client
 
 
 def planned(**options: Any) -> Plan:
@@ -47,7 +47,7 @@ def trained(algorithm: str, **options: Any) -> Run:
 @pytest.mark.parametrize("phi", [0.0, 1.0])
 @pytest.mark.long
 def test_a_plan_of_different_cuts_is_what_a_run_counts(phi: float, link: dict[str, Any]) -> None:
-    """Bytes under each convention, FLOPs, time and energy, on machines and links that all differ."""
+    """Bytes by each convention, FLOPs, time and energy on machines and links that all differ."""
     found = planned(algorithms=STATED, phi=phi, **DIFFERENT, **link)
     for cost in found.costs:
         own = {"phi": phi} if cost.algorithm in ("sgl", "sglr") else {}
@@ -75,7 +75,7 @@ FROZEN: dict[str, Any] = {"freeze": r"^0\.", "seed": 3}
         pytest.param("psl", {"batch": 5}, marks=pytest.mark.long),
         pytest.param("sfl", {}, marks=pytest.mark.long),
         pytest.param("sfl", {**FROZEN, **NARROW}, marks=pytest.mark.long),
-        # Clients that train nothing do not wait for the average, and the slowest is one of them.
+        # Clients that train nothing do not wait for the average. The slowest client is one of them.
         ("sfl", {**FROZEN, "latency_ms": 0.0, "up_mbps": 1e6, "down_mbps": 1e6, "stragglers": 0.4}),
         pytest.param("sglr", {"phi": 1.0, "batch": 64}, marks=pytest.mark.long),
         pytest.param(
@@ -94,8 +94,9 @@ def test_several_epochs_with_parts_that_train_nothing(algorithm: str, options: d
 
 
 def test_what_is_shared_between_the_draws_is_the_mean_of_all_draws() -> None:
-    """Two of five clients are drawn in each of three steps; those of them with the deepest cut, clients 1 and 4, share
-    one gradient.
+    """In each of three steps, two of five clients are drawn. Clients 1 and 4 have the deepest cut.
+
+    If both are drawn, they share one gradient.
     """
     found = planned(algorithms=("psl", "sgl"), phi=0.4)
     (psl, sgl), (*_, deep) = (cost.expected for cost in found.costs), found.kinds
@@ -121,7 +122,7 @@ def test_a_run_that_draws_comes_near_the_mean() -> None:
 
 
 def test_on_both_sides_of_a_break_even_of_different_cuts_the_order_differs() -> None:
-    """In samples per client under each convention, and in time; and in epochs against sending the data."""
+    """Checked in samples per client by each convention, in time, and in epochs compared with sending the data."""
     found = planned(algorithms=("cl", "fl", "psl", "sfl", "sglr"), **DIFFERENT)
     machines = fleet(found.config, 5)
 
@@ -159,8 +160,9 @@ def test_who_cannot_have_different_cuts_is_not_planned() -> None:
 
 
 def test_the_servers_memory_holds_the_blocks() -> None:
-    """By hand, in bytes of float32: Linear 8 x 8 has 72 parameters, Linear 8 x 4 has 36. Clients 0, 2 and 3 leave the
-    former to the server; Adam keeps two numbers for each.
+    """By hand, in bytes of float32: Linear 8 x 8 has 72 parameters and Linear 8 x 4 has 36.
+
+    The server holds the 8 x 8 layer for clients 0, 2 and 3. Adam keeps two numbers per parameter.
     """
     first, second, last, server = planned(algorithms=("psl",)).memory
     assert [one.side for one in (first, last, server)] == ["client cut after 0", "client cut after 3", "server"]

@@ -1,4 +1,4 @@
-"""Plans: against real runs, against hand counts, and by brute force."""
+"""Plans, compared with real runs, hand counts and brute force."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def seven_billion() -> types.ModuleType:
 
 @pytest.mark.parametrize(("model", "at"), ZOO[:3])
 def test_a_plan_is_what_a_run_counts(model: str, at: str) -> None:
-    """Bytes of the ledger, FLOPs, time and energy of one epoch, for every algorithm."""
+    """The ledger's bytes, FLOPs, time and energy of one epoch, for every algorithm."""
     found = planned(model=model, cut=at, algorithms=ALGORITHMS, **DIGITS, **FLEET)
     runs = ALGORITHMS if model == "mlp" else ("fl", "sglr")
     for cost in found.costs:
@@ -93,7 +93,7 @@ def test_a_plan_is_what_a_run_counts(model: str, at: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ["cl", "fl", "ssl", "psl", "upsl"])
 def test_a_plan_with_a_frozen_client_part_is_what_a_run_counts(algorithm: str) -> None:
-    """Clients receive no gradients and yet wait for the server; a whole model needs none at the cut either."""
+    """Clients receive no gradients but still wait for the server. Whole models need no gradient at the cut either."""
     own: dict[str, Any] = {} if algorithm in ("cl", "fl") else {"cut": "hidden2"}
     bent: dict[str, Any] = {"tail_cut": "hidden3"} if algorithm == "upsl" else {}
     frozen = {"model": "mlp", "freeze": "hidden1|hidden2"}
@@ -125,7 +125,7 @@ def test_a_plan_with_heads_is_what_a_run_counts(model: str, at: str, options: di
 
 @pytest.mark.parametrize(("at", "tail"), [("hidden1", "hidden2"), ("hidden1", "hidden3")])
 def test_a_plan_with_tails_is_what_a_run_counts(at: str, tail: str) -> None:
-    """U-shaped algorithms beside others, which are planned as without them."""
+    """U-shaped algorithms do not change the plans of the others in the same comparison."""
     bent = ("ussl", "upsl", "usfl", "usglr")
     cuts = {"model": "mlp", "cut": at}
     found = planned(**cuts, tail_cut=tail, algorithms=("fl", "psl", *bent), **DIGITS, **FLEET)
@@ -156,7 +156,7 @@ def test_a_plan_with_tails_is_what_a_run_counts(at: str, tail: str) -> None:
     ],
 )
 def test_a_plan_with_codecs_is_what_a_run_counts(up: str, down: str, algorithms: tuple[str, ...]) -> None:
-    """Images have scales per channel, which a batch shares; the last batch is smaller."""
+    """Images have scales per channel, shared by a batch, and the last batch is smaller."""
     codecs = {"up_codec": up, "down_codec": down}
     tail = {"tail_cut": "block2"} if "usglr" in algorithms else {}
     found = planned(model="cnn", cut="block1", **tail, **codecs, algorithms=algorithms, **DIGITS, **FLEET)
@@ -177,7 +177,7 @@ def test_a_plan_with_codecs_is_what_a_run_counts(up: str, down: str, algorithms:
 
 
 def test_what_codecs_write_for_a_batch_decides_a_break_even() -> None:
-    """On both sides of it the order differs, with scales that a batch shares."""
+    """With scales that are shared by a batch, the order changes exactly at the break-even."""
     found = planned(model="cnn", cut="block1", up_codec="int8", down_codec="int8", algorithms=("fl", "psl"), **DIGITS)
     config, work = found.config, found.works["psl"]
     split, whole = config.algorithm("psl"), config.algorithm("fl")
@@ -204,7 +204,7 @@ def test_up_to_how_many_epochs_data_cost_more() -> None:
 
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_memory_by_side(side: str) -> None:
-    """The parts by themselves have what the plan says; the server has the rows of all clients."""
+    """The plan's memory is that of each part. The server holds the rows of all clients."""
     found = planned(model="mlp", cut="hidden2", algorithms=("fl", "psl"), **DIGITS)
     memory, m = {one.side: one for one in found.memory}, found.chosen.measured
     part, rows = (m.client, 8) if side == "client" else (m.server, 4 * 8)
@@ -217,7 +217,7 @@ def test_memory_by_side(side: str) -> None:
 
 @pytest.mark.parametrize(("model", "at"), ZOO)
 def test_cuts_without_values_are_those_with_values(model: str, at: str) -> None:
-    """The same crossing, parameters, method and FLOPs as the proved cut of a real model."""
+    """A cut without values has the same crossing, parameters, method and FLOPs as a proved cut of the real model."""
     picture = torch.rand(3, 1, 28, 28)
     real = cut(build(model, (1, 28, 28), 10), at, picture)
     net, x = on_meta(lambda: build(model, (1, 28, 28), 10)), picture.to(META)
@@ -236,7 +236,7 @@ def test_cuts_without_values_are_those_with_values(model: str, at: str) -> None:
     [("regression", (), 4), ("regression", (2,), 8), ("multilabel", (2,), 8), ("binary", (), 8)],
 )
 def test_a_plan_counts_targets_as_a_run_does(task: str, target: tuple[int, ...], label: int) -> None:
-    """The model's width and the bytes of labels follow from the task, and from the shape of one sample's target."""
+    """The width of the model and the bytes of labels follow from the task and from the shape of a target."""
     config = PlanConfig.of(
         {
             "model": "mlp", "input": (6,), "task": task, "algorithms": ("psl", "cl"), "clients": 2,
@@ -261,7 +261,7 @@ def test_a_plan_counts_targets_as_a_run_does(task: str, target: tuple[int, ...],
 
 
 def test_a_class_for_each_place() -> None:
-    """Targets have the input's shape without its channels, if no other is given; a vector of tokens is all of it."""
+    """By default, targets have the input's shape without channels; for a vector of tokens, the whole shape."""
 
     def label(**options: Any) -> int:
         return label_bytes(PlanConfig.of(options))
@@ -278,7 +278,7 @@ def small() -> nn.Module:
 
 
 def test_memory_by_hand() -> None:
-    """Weights, gradients, Adam's moments, and what is saved: the input and each ReLU's output, once each."""
+    """Weights, gradients, Adam's moments and saved tensors, which are the input and each ReLU's output, once each."""
     found = measure(placed(small(), torch.float32), "1", example((6,), torch.float32))
     weights = 4 * (6 * 10 + 10)
     assert (found.client.state, found.client.trainable) == (weights, weights)
@@ -303,16 +303,16 @@ def test_frozen_parameters_have_no_gradients() -> None:
 
 
 def test_a_single_row_is_measured_from_more() -> None:
-    """Batch normalisation cannot train on one row, and yet what it would keep is known."""
+    """Batch normalisation cannot train on one row, so its memory is derived from larger batches."""
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     found = measure(placed(net, torch.float32), "1", example((4,), torch.float32))
     assert found.client.per_row == 4 * (4 + 5)
     assert found.client.fixed == 2 * 4 * 5  # mean and deviation
-    assert found.client.state == 4 * (25 + 10 + 10) + 8  # running statistics and the number of batches too
+    assert found.client.state == 4 * (25 + 10 + 10) + 8  # with running statistics and the number of batches
 
 
 def test_all_that_crosses_is_counted() -> None:
-    """Inside a residual block two tensors cross; the FLOPs are those of the parts."""
+    """Inside a residual block, two tensors cross. The FLOPs are those of the parts."""
     net = placed(nn.Sequential(nn.Linear(6, 8), Residual(8), nn.Linear(8, 4)), torch.float32)
     x = example((6,), torch.float32)
     found = measure(net, "1.first", x)
@@ -321,7 +321,7 @@ def test_all_that_crosses_is_counted() -> None:
 
 
 class Masked(nn.Module):
-    """Token ids [R, n] -> scores; a mask made of the ids crosses, and has no gradient."""
+    """Token ids [R, n] -> scores. A mask made from the ids crosses and has no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ class Attention(nn.Module):
 
 
 def test_attention_is_counted_and_keeps_no_scores() -> None:
-    """FLOPs with its products; memory as on a real device, where the kernel keeps no [n, n]."""
+    """FLOPs include attention's products. Memory is that of a real device, whose kernel keeps no [n, n] scores."""
     rows, length, width = 2, 32, 16
     net = Attention()
     found = measure(placed(net, torch.float32), "into", example((length, width), torch.float32, rows))
@@ -453,7 +453,7 @@ def test_the_server_computes_at_the_rate_of_the_precision() -> None:
 
 
 def test_a_device_without_a_rate_keeps_its_float32_rate(tmp_path: Path) -> None:
-    """The clients compute for as long as in float32 until a profile states a rate."""
+    """In float16, clients compute as long as in float32 unless a profile states a rate."""
     own = "[device.desk]\nflops_per_second = 1e6\nwatts = 2.0\nsource = 'me'\n"
     (tmp_path / "plain.toml").write_text(own)
     (tmp_path / "known.toml").write_text(f"{own}rates.float16 = 4e6\n")
@@ -525,7 +525,7 @@ def duel(algorithm: str) -> Duel:
 
 
 def at(b: BreakEven, value: int, work: Workload, phi: float) -> tuple[int, int]:
-    """Bytes of the algorithm and of fl where the break-even's quantity is `value`."""
+    """Bytes of the algorithm and of fl if the break-even's quantity is `value`."""
     if b.quantity == "samples per client":
         work = replace(work, samples_per_client=value)
     elif b.quantity == "model bytes":
@@ -540,7 +540,7 @@ def at(b: BreakEven, value: int, work: Workload, phi: float) -> tuple[int, int]:
 @pytest.mark.parametrize("phi", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("algorithm", SPLIT)
 def test_on_both_sides_of_a_break_even_the_order_differs(algorithm: str, phi: float) -> None:
-    """And the closed form is where it changes, up to the rounding of active clients to whole ones."""
+    """The closed form is the point of change, up to the rounding of the number of active clients."""
     work = WORK
     found = break_evens([(made(algorithm, phi=phi), work), (made("fl"), work)], None)
     assert len(found) == 3 * len(CONVENTIONS)
@@ -566,7 +566,7 @@ def test_on_both_sides_of_a_break_even_the_order_differs(algorithm: str, phi: fl
 
 
 def test_ssl_with_most_of_the_model_costs_more_with_many_clients() -> None:
-    """Under wire-broadcast fl's models go down once for all, SSL's from client to client: every client count tried."""
+    """By wire-broadcast, fl sends its model down once, SSL to client after client. The test tries all client counts."""
     work = replace(WORK, clients=2, samples_per_client=12, smashed=6, gradient=6, label=1, model=430, client_model=245)
     found = breakeven.clients(duel("ssl"), work, "wire-broadcast")
 
@@ -586,7 +586,7 @@ def test_break_evens_that_read_alike_are_one_line() -> None:
 
 
 def test_the_papers_break_even() -> None:
-    """At the paper's sizes PSL and FL meet at 2 C S(w) = 2 |D| S(L)."""
+    """At the paper's sizes, PSL and FL cost the same at 2 C S(w) = 2 |D| S(L)."""
     work = replace(WORK, clients=100, smashed=24_000, gradient=24_000, model=200_000_000, client_model=67_000_000)
     psl = breakeven.samples_per_client(duel("psl"), work, "paper")
     assert psl.exact == pytest.approx(200_000 / 24)
@@ -629,7 +629,7 @@ def test_a_line_is_there_once_for_all_that_say_the_same() -> None:
 
 
 def test_a_million_clients_and_billions_of_parameters() -> None:
-    """An eighth of the example's blocks: a billion parameters, FLOPs by hand, in seconds."""
+    """An eighth of the example's blocks, a billion parameters: FLOPs as by hand, planned within a minute."""
     seven, length, width, hidden = seven_billion(), 512, 4096, 11008
     start = time.process_time()
     config = PlanConfig(
@@ -659,7 +659,7 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
     assert sglr.expected.up == 10**8 * (m.smashed + 8)
     assert sglr.expected.down_broadcast == (500_000 + 1) * 100 * m.gradient
     assert sglr.memory == 4 * m.client.state + m.client.fixed + m.client.per_row
-    assert sglr.total is None  # what the device draws while it waits is not known
+    assert sglr.total is None  # the device's idle power is not known
     one = plan(config.model_copy(update={"servers": 1}), lambda: seven.Decoder(width, hidden, 32, 4, 32000))
     alone = next(c for c in one.costs if c.algorithm == "sglr")
     assert sglr.expected.server_joules == pytest.approx(alone.expected.server_joules)
@@ -667,7 +667,7 @@ def test_a_million_clients_and_billions_of_parameters() -> None:
     assert served[0] == pytest.approx(1000 * served[1])
     assert served[0] == pytest.approx(10**8 * m.flops.server.training / 989.4e12)  # its rate in bfloat16
     assert served[0] / alone.expected.seconds == alone.server_share > 0.99
-    # A client's own epoch: 100 samples at its float32 rate, since no other is known.
+    # A client's own epoch: 100 samples at its float32 rate, the only one that is known.
     assert sglr.marginal - 100 * m.flops.client.training / 1.28e12 * 15 == pytest.approx(
         (0.0767 * sglr.expected.up + 0.0115 * sglr.expected.down) * 8 / 1e6 / 10**6
     )
@@ -689,7 +689,7 @@ def test_all_cuts_of_seven_billion() -> None:
 
 
 def test_the_example_runs_with_values_too() -> None:
-    """Smaller, cut with the proof: the same crossing and the same parameters as without values."""
+    """A smaller model, cut with the proof, has the same crossing and parameters as without values."""
     seven, ids = seven_billion(), torch.randint(0, 11, (4, 6))
     net = seven.Decoder(16, 32, 4, 3, 11)
     real = cut(net, "blocks.1", ids)
@@ -797,7 +797,7 @@ def test_bad_input(options: dict[str, Any], words: list[str]) -> None:
 
 
 def test_the_command_prints_tables_and_writes_files(tmp_path: Path) -> None:
-    """Needs no data and trains nothing; options from a file and flags over them."""
+    """Needs no data and trains nothing. Flags override the options of a file."""
     (tmp_path / "own.py").write_text(
         "from dataclasses import dataclass\nfrom torch import nn\n\n\n@dataclass\nclass Sizes:\n    wide: int = 12\n\n"
         "def net():\n    n = Sizes().wide\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, n), nn.ReLU(), "

@@ -1,4 +1,4 @@
-"""Plans of clients whose adapters have ranks of their own: against real runs."""
+"""Plans of clients with adapters of different ranks, compared with real runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMON: dict[str, Any] = {"clients": len(RANKS), "batch": 4}
 
 
 class Model(nn.Sequential):
-    """Three frozen layers with adapters of the largest rank, of which each client has its own."""
+    """Three frozen layers with adapters of the largest rank. Each client has adapters of its own rank."""
 
     def __init__(self, ranks: tuple[int, ...] = RANKS) -> None:
         r = max(ranks)
@@ -52,7 +52,7 @@ def planned(**options: Any) -> Plan:
     ],
 )
 def test_a_plan_is_what_a_run_counts(algorithm: str, link: dict[str, Any]) -> None:
-    """Bytes under each convention, FLOPs, time and energy, on machines and links that all differ."""
+    """Bytes by each convention, FLOPs, time and energy on machines and links that all differ."""
     own: dict[str, Any] = {"tail_cut": "3"} if algorithm in ("upsl", "usfl") else {}
     own |= {"phi": 0.5} if algorithm == "sglr" else {}
     e = planned(algorithms=(algorithm,), **own, **MACHINES, **link).costs[0].expected
@@ -65,7 +65,7 @@ def test_a_plan_is_what_a_run_counts(algorithm: str, link: dict[str, Any]) -> No
 
 
 def test_each_rank_has_its_row() -> None:
-    """By hand: adapters of both sides, which of them train what."""
+    """Sizes and gradients of the adapters on both sides, by hand."""
     found = planned(algorithms=("cl", "fl", "ssl", "psl", "sfl"))
     first, second, third = INPUTS + HIDDEN, 2 * HIDDEN, HIDDEN + CLASSES
     assert [(kind.rank, kind.clients) for kind in found.kinds] == [(1, 2), (2, 1), (4, 1)]
@@ -95,7 +95,7 @@ def test_each_rank_has_its_row() -> None:
 def test_only_those_algorithms_have_tails_that_use_them() -> None:
     found = planned(algorithms=("sfl", "usfl"), tail_cut="3")
     assert found.costs[0] == planned(algorithms=("sfl",)).costs[0]
-    each = [kind.measured.flops for kind in found.kinds]  # with usfl
+    each = [kind.measured.flops for kind in found.kinds]  # planned with usfl
     assert [kind.flops for kind in found.kinds] == [ROWS * (f.client.training + f.tail.training) for f in each]
     assert all(f.tail.training for f in each)
 

@@ -1,4 +1,4 @@
-"""Traces of availability and links: by hand, against constant links, in runs that stop and go on, and wrong ones."""
+"""Traces of availability and links: by hand, against constant links, in interrupted runs, and with errors."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ MACHINES: dict[str, Any] = {"client_device": "raspberry-pi-zero-2w", "link": "lt
 
 
 def written(folder: Path, rows: str) -> str:
-    """The path of a trace with these rows."""
+    """The path of a trace file with these rows."""
     path = folder / "trace.csv"
     path.write_text(HEAD + rows)
     return str(path)
 
 
 def always(clients: int, up: float = 5.64, down: float = 12.74) -> str:
-    """Rows of clients that can be reached for ever, at the rates of the profile lte."""
+    """Rows of clients that are always reachable, at the rates of the profile lte."""
     return "".join(f"{k},0,inf,{up},{down}\n" for k in range(clients))
 
 
 def one(*rows: tuple[float, float, float, float], period: float = math.inf) -> Trace:
-    """The trace of one client: (from, to, up, down), bit/s."""
+    """The trace of one client: (from, to, up, down), rates in bit/s."""
     begins, ends, up, down = zip(*rows, strict=True)
     return Trace((Reachable(begins, ends, up, down),), period)
 
 
 def test_a_message_across_a_change_of_rate_by_hand() -> None:
-    """30 bits from second 7 on: 3 s at 4 bit/s, then 18 bits at 9 bit/s. Down: 3 s at 1 bit/s, then 27 at 3."""
+    """30 bits from second 7 on: 3 s at 4 bit/s, then 18 bits at 9 bit/s. Down: 3 s at 1 bit/s, then 27 at 3 bit/s."""
     trace = one((0, 10, 4, 1), (10, math.inf, 9, 3))
     assert trace.passing("up", 0, 7.0, 30.0) == (5.0, 0.0)
     assert trace.passing("down", 0, 7.0, 30.0) == (12.0, 0.0)
-    assert trace.passing("up", 0, 7.0, 12.0) == (3.0, 0.0)  # ends as the rate changes
-    assert trace.passing("up", 0, 7.0, 30.0, most=3.0) == (10.0, 0.0)  # the server is narrower than both
+    assert trace.passing("up", 0, 7.0, 12.0) == (3.0, 0.0)  # ends when the rate changes
+    assert trace.passing("up", 0, 7.0, 30.0, most=3.0) == (10.0, 0.0)  # the server's rate is lower than both
 
 
 def test_a_message_across_gaps_by_hand() -> None:
     trace = one((2, 4, 10, 10), (9, math.inf, 5, 5))
     assert trace.passing("up", 0, 0.0, 10.0) == (1.0, 2.0)  # waits for the first interval
-    assert trace.passing("up", 0, 3.0, 30.0) == (5.0, 5.0)  # 10 bits, five seconds of nothing, 20 bits
-    assert trace.passing("up", 0, 3.0, 10.0) == (1.0, 0.0)  # just fits
-    assert trace.passing("up", 0, 4.0, 5.0) == (1.0, 5.0)  # an interval ends before its end
+    assert trace.passing("up", 0, 3.0, 30.0) == (5.0, 5.0)  # 10 bits, a gap of five seconds, 20 bits
+    assert trace.passing("up", 0, 3.0, 10.0) == (1.0, 0.0)  # ends exactly with the interval
+    assert trace.passing("up", 0, 4.0, 5.0) == (1.0, 5.0)  # the end of an interval does not belong to it
     assert trace.waits(1.0).tolist() == [1.0]
     assert trace.waits(2.0).tolist() == [0.0]
     assert trace.waits(4.0).tolist() == [5.0]
@@ -71,13 +71,13 @@ def test_a_message_across_gaps_by_hand() -> None:
 
 
 def test_a_trace_repeats() -> None:
-    """Two of each ten seconds."""
+    """The client is reachable for two of every ten seconds."""
     trace = one((3, 5, 10, 20), period=10.0)
     assert trace.waits(16.0).tolist() == [7.0]
     assert trace.waits(24.0).tolist() == [0.0]
-    assert trace.passing("up", 0, 4.0, 25.0) == (2.5, 8.0)  # 10 bits, and 15 from second 13 on
+    assert trace.passing("up", 0, 4.0, 25.0) == (2.5, 8.0)  # 10 bits, then 15 bits from second 13 on
     assert trace.passing("up", 0, 4.0, 10.0 + 7 * 20.0 + 5.0) == (15.5, 64.0)  # seven whole periods in between
-    assert trace.passing("down", 0, 3.0, 40.0 * 1e9 + 20) == (2e9 + 1, 8e9)  # no matter how many
+    assert trace.passing("down", 0, 3.0, 40.0 * 1e9 + 20) == (2e9 + 1, 8e9)  # also with very many periods
     assert trace.share(20.0).tolist() == [0.2]
     assert trace.share(14.0).tolist() == [3 / 14]
 
@@ -92,7 +92,7 @@ def test_a_trace_repeats() -> None:
 def test_what_passes_is_what_the_link_carries(
     parts: list[tuple[float, float, float]], begin: float, bits: float, most: float
 ) -> None:
-    """Sums over small pieces of time say how much could pass until the message's end: all of it, and no more."""
+    """The rates, summed over small pieces of time until the message's end, give the size of the message."""
     rows, now = [], 0.0
     for gap, length, rate in parts:
         rows.append((now + gap, now + gap + length, rate, rate))
@@ -131,7 +131,7 @@ def clock_of(trace: Trace, speeds: Sequence[float] = (10.0, 10.0), **options: An
 
 
 def two() -> Trace:
-    """One client that can always be reached, and one in two seconds of each ten."""
+    """Client 0 is always reachable, client 1 for two of every ten seconds."""
     return Trace((Reachable((0.0,), (10.0,), (4.0,), (8.0,)), Reachable((4.0,), (6.0,), (2.0,), (4.0,))), 10.0)
 
 
@@ -139,11 +139,11 @@ def test_the_clock_waits_for_links_by_hand() -> None:
     clock = clock_of(two())
     assert clock.present() == (0,)
     clock.begin([0, 1])
-    clock.compute(np.array([10.0, 10.0]))  # both until 1 s, whether they can be reached or not
+    clock.compute(np.array([10.0, 10.0]))  # both until 1 s, reachable or not
     clock.upload(np.array([4.0, 6.0]))  # client 0 until 2 s; client 1 from 4 to 6 s, and from 14 to 15 s
     assert clock.ready.tolist() == [2.0, 15.0]
     assert clock.server == 15.25
-    clock.download(np.array([8.0, 4.0]), 12.0)  # there at 15.5 s: a second; client 1 until 16 s, and from 24 s on
+    clock.download(np.array([8.0, 4.0]), 12.0)  # arrives at 15.5 s: for 1 s; until 16 s, then from 24 s on
     assert clock.ready.tolist() == [16.5, 24.5]
     assert clock.up_seconds.tolist() == [1.0, 3.0]  # on air
     assert clock.attendance is not None
@@ -157,7 +157,7 @@ def test_the_clock_waits_for_links_by_hand() -> None:
 
 
 def test_the_servers_rate_is_shared_by_those_that_send() -> None:
-    """16 bits at 2 bit/s for all: each message takes 8 s of its client's link, and client 1 has 2 s in each ten."""
+    """16 bits at 2 bit/s for all: each message takes 8 s of link time, and client 1 has only 2 s in every ten."""
     clock = clock_of(two(), server_rate=2.0)
     clock.begin([0, 1])
     clock.upload(np.array([8.0, 8.0]))
@@ -166,7 +166,7 @@ def test_the_servers_rate_is_shared_by_those_that_send() -> None:
 
 
 def test_the_clock_moves_on_to_whoever_can_be_reached_first() -> None:
-    """Nobody can be reached from 6 s on; client 1 can at 14 s, client 0 at 14 s too, client 2 later."""
+    """No client is reachable from 6 s on. Clients 0 and 1 are again at 14 s, client 2 later."""
     rows = [(4.0, 6.0), (4.0, 5.0), (5.0, 6.0)]
     trace = Trace(tuple(Reachable((a,), (b,), (1e6,), (1e6,)) for a, b in rows), 10.0)
     clock = clock_of(trace, [1.0, 1.0, 1.0])
@@ -174,21 +174,21 @@ def test_the_clock_moves_on_to_whoever_can_be_reached_first() -> None:
         assert clock.present() == (0, 1)
     assert clock.server == 4.0
     clock.begin([0, 1])
-    clock.compute(np.array([1.0, 2.0, 0.0]))  # until 5 and 6 s
+    clock.compute(np.array([1.0, 2.0, 0.0]))  # until 5 s and 6 s
     clock.upload(np.array([1.0, 0.0, 0.0]))
     clock.server = 7.0
-    assert clock.present() == (0, 1)  # and no second warning
+    assert clock.present() == (0, 1)  # without a second warning
     clock.begin([0])
     assert clock.server == clock.ready[0] == 14.0
-    assert clock.ready[1] == 7.0  # was asleep from the end of the round on
+    assert clock.ready[1] == 7.0  # asleep since the end of the round
     assert clock.attendance is not None
     assert (clock.attendance.late_rounds, clock.attendance.late_seconds) == (2, 4.0 + 7.0)
-    assert clock.read().idle[0] == pytest.approx(7.0 - 5.0)  # the round's rest, without the sleep
+    assert clock.read().idle[0] == pytest.approx(7.0 - 5.0)  # the rest of the round, without the sleep
 
 
 def test_participants_are_drawn_among_those_present() -> None:
     assert draw_participants(0, 3, 10, 0.5, [2, 5, 7]) == tuple([2, 5, 7][k] for k in draw_participants(0, 3, 3, 0.5))
-    assert len(draw_participants(0, 3, 10, 0.5, [2, 5, 7])) == 2  # of three, not of ten
+    assert len(draw_participants(0, 3, 10, 0.5, [2, 5, 7])) == 2  # of three clients, not of ten
     assert draw_participants(0, 3, 10, 0.1, [8]) == (8,)
     assert draw_participants(0, 3, 10, 1.0, [1, 4]) == (1, 4)
     assert draw_participants(7, 3, 10, 0.4, range(10)) == draw_participants(7, 3, 10, 0.4)
@@ -217,7 +217,7 @@ def _cut(algorithm: str) -> dict[str, Any]:
     return {} if algorithm in ("cl", "fl") else {"cut": "0"}
 
 
-# The clients take turns, for a second or two each; half a second belongs to no client.
+# The clients are reachable one after another, for a second or two each. For half a second, none of them is.
 TURNS = "0,0.5,2,0.02,0.02\n1,1,3,0.01,0.02\n2,2.5,3.5,0.04,0.01\n"
 
 
@@ -246,7 +246,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(algorithm: str, engine: str, tmp
     assert found is not None
     assert found["late_rounds"] > 0
     assert sum(found["rounds"]) >= 6
-    assert np.count_nonzero(found["rounds"]) > 1  # not always the same
+    assert np.count_nonzero(found["rounds"]) > 1  # not always the same client
     assert max(found["link_seconds"]) > 0
     assert result.link_seconds == pytest.approx(np.mean(found["link_seconds"]))
     assert result.idle_seconds == pytest.approx(np.mean(found["idle_seconds"]))
@@ -284,7 +284,7 @@ def test_clients_have_the_names_of_the_data(tmp_path: Path) -> None:
     found = read_trace(written(tmp_path, rows), 2, ("rome", "oslo"))
     assert found.clients[1] == Reachable((0.0,), (math.inf,), (1e6,), (2e6,))
     assert found.clients[0] == Reachable((0.0, 1.0), (1.0, math.inf), (5e6, 7e6), (6e6, 8e6))
-    # A name comes before a number, and columns may come in any order, with others between them.
+    # A name takes precedence over a number. Columns may be in any order, with others between them.
     path = tmp_path / "other.csv"
     path.write_text("\ufeffdown,up,who,to,from,client\n2,1,x,inf,0,1\n4,3,y,inf,0,0\n")
     assert [c.up[0] for c in read_trace(str(path), 2, ("1", "0")).clients] == [1e6, 3e6]
@@ -349,7 +349,7 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_client_that_may_be_alone_with_one_row_is_found(tmp_path: Path) -> None:
-    """With batch normalisation at the server; beside the others its row would be one of several."""
+    """The server has batch normalisation. With other clients, the row would be one of several."""
     from torch import nn
 
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double()
@@ -372,7 +372,7 @@ def test_what_a_trace_meant_is_told(tmp_path: Path) -> None:
     entry = read(tmp_path / "run").entries[0]
     assert line(entry)["availability"][0].endswith(" %")
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("of that for its link") == 2  # the mean, and each client's
+    assert page.count("of that for its link") == 2  # the mean, and each client's value
     assert f"<td>{stored['availability']['rounds'][1]}</td>" in page
     compared = Comparison(
         algorithms=("psl", "fl"), seeds=(0,), clients=2, samples_per_client=16, model="mlp", rounds=1, trace=trace,
