@@ -1,4 +1,4 @@
-"""Clients on other machines whose adapters have ranks of their own: as in a simulation, with no more than these."""
+"""Clients on other machines whose adapters have different ranks: the results equal the simulation's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INPUTS, HIDDEN, OUTPUTS, RANKS = 7, 8, 5, (1, 4, 2)
 
 
 class Ranked(nn.Sequential):
-    """Adapters of the largest rank; each client has its own rank."""
+    """A model with adapters of the largest rank, and the rank of each client."""
 
     def __init__(self, ranks: tuple[int, ...] = RANKS) -> None:
         rank = max(ranks)
@@ -33,7 +33,7 @@ class Ranked(nn.Sequential):
 
 
 def ranked(input_shape: Any = None, classes: int = OUTPUTS, *, ranks: tuple[int, ...] = RANKS) -> Ranked:
-    """A model; the seed is the run's."""
+    """A model whose weights depend on the run's seed."""
     return Ranked(ranks)
 
 
@@ -64,7 +64,7 @@ def options(algorithm: str, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_clients_on_other_machines_compute_the_same(algorithm: str, more: dict[str, Any]) -> None:
-    """With factors of their own rank alone, in memory and on their way."""
+    """Clients hold, and send, only the factors of their own rank."""
     given = options(algorithm, **more)
     local = Run(model=ranked, data=data(), **given)
     losses = [step.loss for step in local]
@@ -113,7 +113,7 @@ def test_a_client_of_another_rank_is_refused() -> None:
 
 
 class Baked(nn.Module):
-    """An adapter whose rank is in its code."""
+    """An adapter whose rank is fixed in its code."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Who is let in changes while a server runs: denied clients, new certificates; and what is on record of that."""
+"""Admission can change while a server runs: denied clients and new certificates, and what the server records of it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Record:
-    """What a hub tells."""
+    """Collects the events of a hub."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Mapping[str, Any]]] = []
@@ -80,7 +80,7 @@ def record() -> Record:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Another file at `path`, as `mv` puts it there."""
+    """Replace the file at `path` by another one, as `mv` does."""
     fresh = path.with_name(f"{path.name}.fresh")
     fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     fresh.chmod(0o600)
@@ -91,7 +91,7 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def denial(pki: Path, kind: str) -> str:
-    """The line that denies client 1."""
+    """Returns the line that denies client 1."""
     if kind == "name":
         return "client-1"
     return f"{kind}:{read_certificate(pki / 'client-1.crt')[kind]}"
@@ -246,7 +246,7 @@ def test_what_certificates_are_called(pki: Path, capsys: pytest.CaptureFixture[s
 
 
 def own(pki: Path, folder: Path) -> ServerSecurity:
-    """A server's files in a folder of their own."""
+    """A server's security with its files in a folder of its own."""
     for name in ("server.crt", "server.key", "ca.crt"):
         replace(folder / name, (pki / name).read_bytes())
     return server_tls(folder)
@@ -261,13 +261,13 @@ def test_new_certificates_without_a_restart(pki: Path, tmp_path: Path, record: R
         hub.wait_for(1, SOON)
         replace(tmp_path / "server.crt", (pki / "new" / "server.crt").read_bytes())
         until(lambda: record.all("kept"))
-        assert client_tls(pki, "client-2").diagnose(f"localhost:{port}") is None  # the old pair is still shown
+        assert client_tls(pki, "client-2").diagnose(f"localhost:{port}") is None  # the server still uses the old pair
         for name in ("server.key", "ca.crt"):
             replace(tmp_path / name, (pki / "new" / name).read_bytes())
         group.add(Echo(1))
         assert hub.wait_for(2, SOON) == {0, 1}
         hub.arrivals()
-        assert bodies(hub.exchange({0: step(1), 1: step(1)})) == {0: b"x", 1: b"x"}  # the old connection goes on
+        assert bodies(hub.exchange({0: step(1), 1: step(1)})) == {0: b"x", 1: b"x"}  # the old connection still works
         with pytest.raises(RefusedError, match="is not accepted"):
             dial(f"localhost:{port}", client_tls(pki, "client-2"), Echo(2), backoff=QUICK)
         until(lambda: record.all("certificate"))
@@ -319,7 +319,7 @@ def test_files_are_read_when_they_change(tmp_path: Path) -> None:
     assert len(read) == 1
     replace(file, "2")
     assert [watched.look() for _ in range(3)] == [2, 2, 2]
-    file.write_text("x")  # in place: the same file, another length or time
+    file.write_text("x")  # in place: the same file with another length or time
     os.utime(file, ns=(1, 1))
     assert [watched.look() for _ in range(3)] == [2, 2, 2]
     assert len(read) == 3
@@ -371,7 +371,7 @@ class Authority:
     def issue(
         self, folder: Path, file: str, common: str, names: list[str], purposes: list[x509.ObjectIdentifier]
     ) -> None:
-        """A certificate with its chain, without the root, and its key."""
+        """Writes a certificate with its chain, without the root, and its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Hospital"), self._common(common)])
         made = (
@@ -388,7 +388,7 @@ class Authority:
 
 @pytest.fixture(scope="module")
 def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """root -> issuing -> server, clients: known by their common name, or by another name of their certificate."""
+    """root -> issuing -> server and clients, which are identified by their common name or by a DNS name."""
     folder = tmp_path_factory.mktemp("hospital")
     root = Authority("Root")
     issuing = Authority("Issuing", root)
@@ -474,7 +474,7 @@ def test_a_flood_is_counted(record: Record) -> None:
         visits.refuse(Caller("x", address), "token", "no such client", n / 1000)
     assert len(record.events) == ALL
     assert Counter(facts["address"].rpartition(":")[0] for facts in record.all("refused")).most_common(1)[0][1] == EACH
-    for client in range(2 * ALL):  # those who are let in are on record all the same
+    for client in range(2 * ALL):  # connections of accepted clients are recorded all the same
         for _ in range(EACH + (client == 7)):
             visits.connect(Caller(f"client-{client}", "ipv4:198.51.100.1:1"), client, 5.0)
     assert len(record.all("connected")) == 2 * ALL * EACH

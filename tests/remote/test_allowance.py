@@ -1,4 +1,4 @@
-"""How much a client answers, by its own file: counted over restarts; what it records of that; who can read it."""
+"""How much a client answers according to its own file, counted across restarts; its own record; file permissions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def ask(worker: Worker, message: m.Message, body: bytes = b"") -> Any:
 
 
 def rounds(worker: Worker, count: int, passes: int = 3) -> None:
-    """Rounds of a server that sends no gradients."""
+    """Plays a server that runs rounds without sending gradients."""
     for _ in range(count):
         ask(worker, ROUND)
         for step in range(passes):
@@ -120,7 +120,7 @@ def test_what_is_over_a_budget_is_refused_and_nothing_is_sent(budget: Any, asked
 
 
 def test_what_prometheus_hears_of_a_client(tmp_path: Path) -> None:
-    """Requests, rows and bytes of this process; the budget over all of them, with epsilon where there is noise."""
+    """Requests, rows and bytes are those of this process. The budget spans all processes, and includes epsilon."""
     first = client(tmp_path, budget={"max_passes": 4, "max_epsilon": 50.0}, **NOISY)
     rounds(first, 1, passes=2)
     first.close()
@@ -172,7 +172,7 @@ def test_a_server_that_speaks_of_more_rounds_than_the_study_is_refused_at_once()
 def test_what_is_spent_survives_a_restart(tmp_path: Path) -> None:
     first = client(tmp_path)
     rounds(first, 6)
-    again = client(tmp_path)  # the first one was killed
+    again = client(tmp_path)  # as if the first process was killed
     rounds(again, 5)
     with pytest.raises(BudgetError, match="of 11 rounds begun, 11 are spent"):
         ask(again, ROUND)
@@ -190,7 +190,7 @@ def test_a_damaged_account_is_said_to_be(tmp_path: Path, damage: str) -> None:
 
 
 def test_the_study_of_each_kind() -> None:
-    """Rounds are not known where they depend on other clients' data."""
+    """The number of rounds is unknown if it depends on other clients' data."""
     study = client(evaluate_on="both").duty.study
     assert study == Extent(rounds=3, quota=3, evaluations=4, models=0, sends=True)
     assert client(algorithm="sfl").duty.study == Extent(3, 3, 2, 6, sends=True)
@@ -264,11 +264,11 @@ def test_a_promise_that_cannot_be_kept_is_refused_before_anything_is_sent(option
 def test_a_model_is_given_despite_noise_if_that_is_meant() -> None:
     worker = client(budget={"give_model_despite_noise": True}, algorithm="sfl", **NOISY)
     assert ask(worker, m.GiveModel(1)) is not None
-    client(algorithm="sfl", clip=1.0)  # clipping promises nothing
+    client(algorithm="sfl", clip=1.0)  # clipping alone promises nothing
 
 
 def test_a_batch_that_is_sent_by_other_weights_gets_other_noise() -> None:
-    """A server that had it repeated would else subtract one from the other, and be rid of the noise."""
+    """Otherwise a server could request the batch twice, subtract the two answers and remove the noise."""
 
     def sent(worker: Worker) -> torch.Tensor:
         ask(worker, ROUND)
@@ -279,11 +279,11 @@ def test_a_batch_that_is_sent_by_other_weights_gets_other_noise() -> None:
 
     worker = client(**NOISY)
     first, again = sent(worker), sent(worker)
-    assert torch.equal(first, again)  # the same once more tells nothing new
+    assert torch.equal(first, again)  # a repetition reveals nothing new
     with torch.no_grad():
         for p in worker.client.weights:
             p.mul_(1.001)
-    assert (sent(worker) - first).std() > 4.0  # twice the noise's variance, and not next to nothing
+    assert (sent(worker) - first).std() > 4.0  # about twice the noise's variance, so the noise is a new one
 
 
 # ---- the client's own record -----------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_all_that_is_asked_and_answered_is_recorded_as_it_happens(tmp_path: Path
     ask(worker, m.Backward(7, "own", 4), b"".join(map(bytes, encode([torch.zeros(4, 128)]))))
     with pytest.raises(WireError):
         ask(worker, m.GiveModel(7))
-    earlier, begun, sent, stepped, refused = lines(path)  # all of it, before anything is closed
+    earlier, begun, sent, stepped, refused = lines(path)  # everything is there before anything is closed
     assert earlier == {"earlier": 1}
     assert (begun["asked"], begun["answered"], begun["of_batches"]) == ("BeginRound", "done", 3)
     assert (sent["asked"], sent["answered"], sent["of_step"], sent["rows"]) == ("Forward", "Smashed", 7, 4)

@@ -1,5 +1,5 @@
-"""What a client answers, of everything that a server could ask: what its own configuration needs, and nothing else; and
-whatever it is asked, in whatever order, it raises named errors alone.
+"""Of all possible requests, a client answers those that its own configuration needs, and no others. It raises only
+named errors, whatever it is asked and in whatever order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OWN: dict[str, dict[str, Any]] = {
     **{a: {"sampling": "fixed"} for a in ("gpsl", "gscala")},
 }
 
-# Everything that a server could ask, with the fields that decide whether it may.
+# Everything that a server could ask, with the fields that decide whether the client permits it.
 REQUESTS: dict[str, m.Message] = {
     "round": m.BeginRound(0, 2, 1.0, 3),
     "a round that is too long": m.BeginRound(0, 2, 1.0, 4),
@@ -72,7 +72,7 @@ REQUESTS: dict[str, m.Message] = {
     "commit": m.Save(1, "commit"),
 }
 ALWAYS = {"round", "settle", "prepare", "commit"}
-NEEDED: dict[str, set[str]] = {  # by the verbs of an algorithm
+NEEDED: dict[str, set[str]] = {  # permitted requests for each verb of an algorithm
     FORWARD: {"forward", "forward without labels", "lower"},
     BACKWARD: {"own"},
     TAIL: {"tail", "evaluate tail"},
@@ -86,14 +86,14 @@ NEEDED: dict[str, set[str]] = {  # by the verbs of an algorithm
 
 
 def permitted(worker: Worker) -> set[str]:
-    """What this client is to answer, by its algorithm's needs."""
+    """The requests that this client should answer, according to the needs of its algorithm."""
     needs = worker.duty.needs & NEEDED.keys()
     found = ALWAYS.union(*(NEEDED[verb] for verb in needs)) | ({"common"} if worker.duty.shares else set())
     return found - ({"forward"} if TAIL in needs else set())
 
 
 SPLIT = {"forward", "forward without labels", "own", "lower"}
-LITERALLY: dict[str, set[str]] = {  # one of each kind, written out
+LITERALLY: dict[str, set[str]] = {  # one algorithm of each kind, written out
     "psl": SPLIT,
     "sglr": SPLIT | {"common"},
     "sfl": SPLIT | {"give model", "take model"},
@@ -101,7 +101,7 @@ LITERALLY: dict[str, set[str]] = {  # one of each kind, written out
     "fl": {"fit", "whole", "give model", "take model"},
     "gpsl": (SPLIT | {"held", "give gradient", "take gradient", "take model", "take optimizer"}) - {"own"},
 }
-OPTIONS: dict[str, tuple[dict[str, Any], list[str], set[str]]] = {  # what else may be asked then
+OPTIONS: dict[str, tuple[dict[str, Any], list[str], set[str]]] = {  # requests that these options also permit
     "hand_over_optimizer": ({"hand_over_optimizer": True}, ["ssl", "ussl"], {"give optimizer", "take optimizer"}),
     "cache_features": ({"cache_features": True, "freeze": "hidden"}, ["psl"], {"a batch by its number"}),
 }
@@ -118,13 +118,13 @@ def client(algorithm: str, **options: Any) -> Worker:
 
 
 def ask(worker: Worker, message: m.Message, body: bytes = b"") -> Answer | None:
-    """As it comes from a wire."""
+    """Send a request in the form that a network delivers."""
     return worker.handle(unpack(pack(message, [body], 0, 1), "to client"))
 
 
 def refused(worker: Worker, name: str) -> bool:
-    """Whether a request is refused in a round, as one that is not permitted; then nothing has changed. One that is
-    permitted may lack its body.
+    """Whether a client in a round refuses a request because it is not permitted. If so, nothing has changed. A
+    permitted request may still fail because it lacks its body.
     """
     ask(worker, REQUESTS["round"])
     before = {n: t.clone() for n, t in worker.client.module.state_dict().items()}
@@ -138,7 +138,7 @@ def refused(worker: Worker, name: str) -> bool:
 
 
 def complaint(worker: Worker, message: m.Message, body: bytes = b"") -> CutlayerError | None:
-    """What a client says against a request."""
+    """The error that a request causes, or None."""
     try:
         ask(worker, message, body)
     except CutlayerError as error:
@@ -202,7 +202,7 @@ def test_local_training_is_done_once_in_a_round() -> None:
     worker = client("fl")
     ask(worker, REQUESTS["round"])
     first, again = ask(worker, m.Fit(1)), ask(worker, m.Fit(1))
-    assert first == again  # its answer was lost on its way
+    assert first == again  # the first answer was lost on its way
     with pytest.raises(ForbiddenError, match="Fit after all 3 batches of the round"):
         ask(worker, m.Fit(2))
 
@@ -247,7 +247,7 @@ STEPS = [0, 1, 1, 2, 3, 1 << 53]
 
 
 def anything(chance: random.Random, worker: Worker) -> tuple[m.Message, bytes]:
-    """A request that can be read, with fields and a body that may be wrong."""
+    """A readable request whose fields and body may be wrong."""
 
     def number() -> int:
         return chance.choice(NUMBERS)
@@ -274,7 +274,7 @@ def anything(chance: random.Random, worker: Worker) -> tuple[m.Message, bytes]:
 
 
 def body(chance: random.Random, worker: Worker, rows: int) -> bytes:
-    """Nothing, noise, tensors of right or wrong shapes, or a model."""
+    """An empty body, random bytes, tensors of right or wrong shapes, or a model."""
     way, width = chance.randrange(6), chance.choice([10, 64, 128, 3])
     rows = rows if rows <= 1024 else 4
     values = torch.randn(rows, width) * chance.choice([1.0, 1e38, math.nan])
@@ -290,7 +290,7 @@ def body(chance: random.Random, worker: Worker, rows: int) -> bytes:
 
 @pytest.mark.parametrize("algorithm", REMOTE)
 def test_whatever_comes_a_client_raises_named_errors_alone(algorithm: str) -> None:
-    """And goes on after each: harsher than a connection, which ends at the first."""
+    """The client also continues after each error, which is harsher than a connection that ends at the first error."""
     chance = random.Random(algorithm)
     torch.manual_seed(0)
     answered = errors = 0
@@ -298,7 +298,7 @@ def test_whatever_comes_a_client_raises_named_errors_alone(algorithm: str) -> No
         with_options = turn % 2 and algorithm in ("ssl", "ussl")
         worker = client(algorithm, **({"hand_over_optimizer": True} if with_options else {}))
         for _ in range(60):
-            if chance.random() < 0.3:  # so that not everything fails early
+            if chance.random() < 0.3:  # so that not all requests fail early
                 worker.handle(Frame(REQUESTS["round"], memoryview(b"")))
             message, data = anything(chance, worker)
             error = complaint(worker, message, data)
@@ -318,7 +318,7 @@ def test_local_training_stops_between_two_batches(after: int) -> None:
         nonlocal taken
         taken += 1
         if taken == after:
-            worker.stop.set()  # a signal comes during the batch
+            worker.stop.set()  # a signal arrives during the batch
         return own(*inputs, **options)
 
     worker.client.learn = learn  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The table of what leaves a client is true: it is compared with the messages that clients send."""
+"""The documented table of what leaves a client is compared with the messages that clients send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients with cuts of their own on other machines: as in a simulation, bit for bit, and told apart when they join."""
+"""Clients on other machines with different cuts: equal to the simulation bit for bit, and checked when they join."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def configured(algorithm: str, **options: Any) -> RunConfig:
 
 
 def blocks_of(run: Run, client: int) -> dict[str, torch.Tensor]:
-    """What the server computes for a client, under the names of the whole model."""
+    """The layers that the server computes for a client, under the names of the whole model."""
     cohort: Any = run.training.clients
     while not isinstance(cohort, BetweenCohort):
         cohort = cohort.inner
@@ -92,7 +92,7 @@ def test_rows_that_a_block_cannot_bear_are_their_clients_fault() -> None:
     blocks = blocks_of(made.run, 0)
     sent = Smashed((), y.repeat(3), (0, 1, 2), (3,) * 3, parts=by_cut(rows, (0, 1, 0)))
     assert vet.of_rows(sent, [(1.0, 2.0)] * 2 + [(3e38, 2.0)]) == (2,)
-    assert vet.of_rows(sent, [(1.0, 2.0)] * 3) == ()  # nothing is tried where numbers are as usual
+    assert vet.of_rows(sent, [(1.0, 2.0)] * 3) == ()  # usual numbers are not tested any further
     assert same(blocks_of(made.run, 0), blocks)
 
 

@@ -1,4 +1,4 @@
-"""Names of classes and features are terms of the handshake: no client trains on permuted labels or columns."""
+"""Names of classes and features are terms of the handshake, so no client trains on permuted labels or columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {"algorithm": "psl", "model": "mlp", "clients": 2, "round
 
 
 def table(path: Path, header: str, labels: list[str], words: str = "") -> Path:
-    """A CSV file of two columns of numbers, one of `words` if there are some, and labels."""
+    """A CSV file with two columns of numbers, a column of `words` if there are any, and labels."""
     lines = [header]
     for n in range(48):
         word = [words[n % len(words)]] if words else []
@@ -37,7 +37,7 @@ def arrays(path: Path, labels: Any) -> Path:
 
 
 def answer(server: Path, own: Path, ours: dict[str, Any] | None = None, theirs: dict[str, Any] | None = None) -> Any:
-    """What a server with one file says to a client with another; each with options of its own."""
+    """A server's answer to a client with another file. Both have their own options."""
     config = RunConfig.of({**BASE, "data": str(server), **(ours or {})})
     its = RunConfig.of({**BASE, "data": str(server), **((ours if theirs is None else theirs) or {})})
     worker = worker_of(its, 1, name="client-1", own=own_source(its, str(own)))
@@ -61,7 +61,7 @@ def test_reversed_class_names_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "npz"])
 def test_a_file_that_lacks_a_numbered_class_is_refused(kind: str, tmp_path: Path) -> None:
-    """Classes 0, 2 would count as 0, 1; class_names in the study file says that there is a 1."""
+    """Without names, classes 0 and 2 would be counted as 0 and 1. class_names in the study file adds class 1."""
     if kind == "csv":
         here = table(tmp_path / "a.csv", "u,v,label", ["0", "1", "2"])
         there = table(tmp_path / "b.csv", "u,v,label", ["0", "2"])
@@ -96,7 +96,7 @@ def test_a_quantity_has_feature_names_alone(tmp_path: Path) -> None:
 
 
 def test_labels_in_several_columns_have_no_names(tmp_path: Path) -> None:
-    """Arrays do not say what their columns mean: nothing is compared but shapes, and nothing is refused."""
+    """Arrays do not name their columns, so only shapes are compared, and the client is accepted."""
     here = arrays(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 2, (48, 3)))
     found = answer(here, here, {"task": "multilabel"})
     assert isinstance(found, m.Welcome)

@@ -1,4 +1,4 @@
-"""Clients with data of their own are tested on some of them, which stay with them: the scores are the simulation's."""
+"""Clients with their own data keep their own test rows, and the scores on these rows equal the simulation's."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def rows(count: int, seed: int) -> dict[str, np.ndarray]:
 
 
 class Sites:
-    """Three owners' rows: in one file, for a simulation, and in a file of each; and what the server has besides.
-    `named`: the data say whose the test rows are.
+    """The rows of three owners: all in one file for a simulation, and in a file for each owner; and the server's own
+    rows. If `named`, the data say whose the test rows are.
     """
 
     def __init__(self, folder: Path, *, named: bool, sizes: tuple[int, ...] = SIZES) -> None:
@@ -88,7 +88,7 @@ class Sites:
 
 
 class Listening(MemoryCarrier):
-    """Notes what clients say."""
+    """Records the messages of clients."""
 
     def __init__(self, workers: Mapping[int, Any]) -> None:
         super().__init__(workers)
@@ -124,7 +124,7 @@ CASES = [
 ]
 
 
-# Every case with both ways to evaluate, and with rows that are named and that are drawn.
+# Every case runs with both ways to evaluate: once with named test rows, once with drawn ones.
 PLACES = [(("own", True), ("both", False)), (("both", True), ("own", False))]
 
 
@@ -159,7 +159,7 @@ def test_own_scores_are_those_of_the_simulation(
 
 
 def test_targets_and_outputs_stay(tmp_path: Path) -> None:
-    """If the model is whole, only scores leave; if it is cut, smashed data without labels leave, too."""
+    """With a whole model, only scores leave a client. With a cut model, smashed data without labels leave too."""
     sites = Sites(tmp_path, named=True)
     _, hub = deployed(sites, algorithm="fl", evaluate_on="own", rounds=1)
     scores = [(message, size) for message, size in hub.heard if isinstance(message, m.ScoresUp)]
@@ -234,7 +234,7 @@ def test_one_model_is_its_average_and_its_ensemble(name: str, judge: str, tmp_pa
 
 
 def test_a_client_with_a_share_has_its_test_rows_at_the_server(tmp_path: Path) -> None:
-    """One brings data of its own, the others take their share of the configuration's."""
+    """One client has its own data; the others take their shares of the configured data."""
     sites = Sites(tmp_path, named=True)
     config = sites.deployed(algorithm="psl", evaluate_on="own")
     workers = {k: worker_of(config, k, name=client_name(k)) for k in range(3)}
@@ -319,7 +319,7 @@ def test_nobody_is_left_to_be_judged(tmp_path: Path) -> None:
 
 
 def test_what_a_client_refuses(tmp_path: Path) -> None:
-    """It answers about its own test rows if it has some, in fixed pieces, in order, and gives scores of all of them."""
+    """It needs test rows of its own, which are requested in fixed pieces and in order; scores cover all of them."""
     sites = Sites(tmp_path, named=True)
     nothing = memoryview(b"")
     own = sites.workers(sites.deployed(algorithm="psl", evaluate_on="own"))[0]
@@ -345,7 +345,7 @@ def test_what_a_client_refuses(tmp_path: Path) -> None:
 
 
 def test_noise_does_not_come_off(tmp_path: Path) -> None:
-    """Rows are sent the same again with the same noise; not with that of the server's rows, nor after a step."""
+    """A repeated row gets the same noise, but not the noise of the server's rows; after a step the noise is new."""
     sites = Sites(tmp_path, named=True)
     config = sites.deployed(algorithm="psl", evaluate_on="own", clip=1.0, gaussian_noise=1.0)
     own = sites.workers(config)[0]
@@ -372,10 +372,10 @@ def test_noise_does_not_come_off(tmp_path: Path) -> None:
 
 @algorithm("every-other", title="Every other", needs={FORWARD, BACKWARD, AVERAGE})
 class EveryOther(Algorithm):
-    """Averages the client models in every other round, so that they differ at the evaluations between."""
+    """Averages the client models in every second round, so they differ at the evaluations in between."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-        """Parallel steps; then an average, or none."""
+        """Parallel steps, followed by an average in every second round."""
         while smashed := clients.forward():
             step = server.step(smashed)
             clients.backward(CutGradients(step.gradient, smashed.clients, smashed.sizes))
@@ -414,7 +414,7 @@ def test_lines_of_clients_are_plain(tmp_path: Path) -> None:
 
 
 def test_lending_the_travelling_model_is_counted(tmp_path: Path) -> None:
-    """It goes from its holder to the two others, in the one evaluation; in training it is moved as in a simulation."""
+    """In the evaluation it goes from its holder to the two others. In training it moves as in a simulation."""
     sites = Sites(tmp_path, named=True)
     run, _ = deployed(sites, algorithm="ssl", evaluate_on="own", rounds=1)
     here = Run(sites.simulated(algorithm="ssl", evaluate_on="own", rounds=1))

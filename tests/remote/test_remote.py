@@ -1,4 +1,4 @@
-"""Remote clients give the numbers of the simulation, bit for bit; here over frames in memory."""
+"""Remote clients give the same numbers as the simulation, bit for bit; here with frames in memory."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 class Passing(MemoryCarrier):
-    """Clients in this process, with faults to order."""
+    """Clients in this process, with faults on demand."""
 
     def __init__(self, workers: Mapping[int, Worker]) -> None:
         super().__init__(workers)
         self.workers: dict[int, Worker] = dict(workers)  # type: ignore[assignment]
-        self.gone: set[int] = set()  # do not join
+        self.gone: set[int] = set()  # these do not join
         self.tamper: Callable[[int, Any, Any], tuple[Any, Any]] = lambda client, message, body: (message, body)
         self.refused: dict[int, str] = {}
         self.greet: Callable[[Any, int], Any] = lambda hello, client: None
         self.model_of: Callable[[int], dict[str, torch.Tensor]] = lambda client: {}
-        self.breaks_at: type[m.Message] | None = None  # all connections do, before this is sent
-        self.loses: type[m.Message] | None = None  # the first answer to this, with all connections
+        self.breaks_at: type[m.Message] | None = None  # all connections break before this is sent
+        self.loses: type[m.Message] | None = None  # the first answer to this is lost, and all connections break
 
     def cut_all(self) -> None:
         for client in self.present:
@@ -107,13 +107,13 @@ class Passing(MemoryCarrier):
         return None if answer is None else self.tamper(client, *answer)
 
     def join(self, client: int, greet: Greet) -> m.Refused | None:
-        """Notes a refusal, without which the server goes on."""
+        """Records a refusal. The server continues without that client."""
         if refused := super().join(client, greet):
             self.refused[client] = refused.sentence
         return None
 
     def model(self, client: int) -> dict[str, torch.Tensor]:
-        """A client's own model, under the names of the whole model, with everything that was posted to it."""
+        """A client's own model under the names of the whole model, after everything that was posted to it."""
         return self.model_of(client)
 
 
@@ -125,7 +125,7 @@ def remote(
     workers: Mapping[int, Worker] | None = None,
     **options: Any,
 ) -> tuple[Run, Passing]:
-    """A run whose clients are remote, and keep their states in `folder`; `workers` are those of an earlier run."""
+    """A run with remote clients, which keep their states in `folder`. `workers` may be those of an earlier run."""
     hubs: list[Passing] = []
 
     def carrier(workers: Mapping[int, Worker]) -> Passing:
@@ -140,11 +140,11 @@ def remote(
 
 
 REMOTE = [a for a in ALGORITHMS if a != "cl"]
-EIGHT = ["fl", "sglr", "sflv2"]  # one of each kind
+EIGHT = ["fl", "sglr", "sflv2"]  # one algorithm of each kind
 
 
 def same(config: RunConfig) -> Passing:
-    """Train here and remotely, and compare everything."""
+    """Train in a simulation and remotely, and compare everything."""
     here = Run(config)
     there, hub = remote(config)
     for a, b in zip(here, there, strict=True):
@@ -162,7 +162,7 @@ def same(config: RunConfig) -> Passing:
     holder = there.training.clients.holder
     for k in range(config.clients) if holder is None else [holder]:
         assert difference(here.training.clients.model_state(k), hub.model(k)) == 0
-    # Whatever goes over the wire is at least what the ledger counts.
+    # At least as many bytes cross the wire as the ledger counts.
     crossed = sum(t.sent + t.received for t in hub.traffic().values())
     assert crossed >= here.training.ledger.total("up") + here.training.ledger.total("down")
     return hub
@@ -209,7 +209,7 @@ def test_codecs_of_ones_own_do_the_same_in_a_simulation(algorithm: str, up: str,
 
 
 def test_bytes_of_a_codec_of_ones_own() -> None:
-    """Three rounds of one batch of 20 rows, 128 features: 8 bytes for each client's mean, 2 for each number."""
+    """Three rounds, one batch of 20 rows with 128 features: 8 bytes for each client's mean, 2 for each number."""
     config = RunConfig.of({**SMALL, "algorithm": "psl", "batch": 20, "up_codec": OWN_CODEC})
     same(config)
     run = Run(config)
@@ -218,7 +218,7 @@ def test_bytes_of_a_codec_of_ones_own() -> None:
 
 
 def test_codecs_of_pictures() -> None:
-    """Scales of int8 are those of a client's channels, with any other clients; also if all clients are stacked."""
+    """The scales of int8 belong to one client's channels, whichever other clients there are, and also if stacked."""
     codecs = {"up_codec": "int8", "down_codec": "int8+zstd"}
     config = RunConfig.of({**SMALL, "model": "cnn", "algorithm": "sglr", **codecs})
     same(config)
@@ -255,7 +255,7 @@ def test_a_client_that_is_gone_takes_no_part() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_fault_in_a_last_backward_pass_is_heard_of(rounds: int) -> None:
-    """A client has finished its round, but not its last step: it receives no requests in the meantime."""
+    """A client has finished its round but not its last step, and receives no requests in between."""
     config = RunConfig.of({**SMALL, "algorithm": "psl", "partition": "quantity", "rounds": rounds, "batch": 4})
     run, hub = remote(config, faulty="stop")
     sizes = [len(hub.workers[k].duty.samples.y) for k in range(3)]
@@ -307,7 +307,7 @@ WATCHED = {**SMALL, "algorithm": "psl", "samples_per_client": 60, "batch": 20, "
 
 @pytest.mark.parametrize("watch", ["warn", "leave"])
 def test_a_client_that_watches_notices_a_hijacker(watch: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """The algorithm runs as ever, but the gradients are an attacker's."""
+    """The algorithm runs as usual, but an attacker computes the gradients."""
     config = RunConfig.of(WATCHED)
     workers = {k: worker_of(config, k, name=f"client-{k}", watch=watch) for k in range(3)}
     run, _ = remote(config, workers=workers)
@@ -322,11 +322,11 @@ def test_a_client_that_watches_notices_a_hijacker(watch: Any, caplog: pytest.Log
         pass
     warned = [r.message for r in caplog.records if "do not look like" in r.message]
     assert {sentence.split(":")[0] for sentence in warned} == {"client-0", "client-1", "client-2"}
-    assert len(warned) == 3  # once each
+    assert len(warned) == 3  # once for each client
 
 
 def test_a_client_that_watches_trusts_an_honest_server(caplog: pytest.LogCaptureFixture) -> None:
-    """And changes nothing."""
+    """It does not change the results either."""
     config = RunConfig.of(WATCHED)
     workers = {k: worker_of(config, k, name=f"client-{k}", watch="leave") for k in range(3)}
     run, _ = remote(config, workers=workers)
@@ -336,7 +336,7 @@ def test_a_client_that_watches_trusts_an_honest_server(caplog: pytest.LogCapture
 
 
 def test_a_server_cannot_evade_the_watch_by_sharing() -> None:
-    """In PSL nothing is shared: a gradient that is said to be is refused."""
+    """In PSL no gradient is shared, so a gradient that claims to be shared is refused."""
     config = RunConfig.of(WATCHED)
     worker = worker_of(config, 0, name="client-0")
     assert not worker.duty.shares
@@ -363,20 +363,20 @@ NEEDS = {
 
 
 def begun(worker: Worker) -> Worker:
-    """The same client, in a round of one batch."""
+    """The same client, after the start of a round with one batch."""
     worker.handle(Frame(m.BeginRound(0, 1, 1.0, 1), memoryview(b"")))
     return worker
 
 
 def bound_to(needs: Collection[str], worker: Worker) -> Worker:
-    """The same client, which answers only what an algorithm with these `needs` asks."""
+    """The same client, which now answers only what an algorithm with these `needs` requests."""
     worker.duty = replace(worker.duty, needs=frozenset(needs))
     return worker
 
 
 @pytest.mark.parametrize("algorithm", REMOTE)
 def test_an_algorithm_needs_nothing_that_its_clients_refuse(algorithm: str) -> None:
-    """With checkpoints, and, if models are averaged, a client that misses an averaging and catches up."""
+    """The run has checkpoints, and if models are averaged, one client misses an averaging and catches up."""
     config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "eval_every": 1})
     workers = {k: bound_to(NEEDS[algorithm], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
     run, hub = remote(config, workers=workers)
@@ -396,7 +396,7 @@ def test_an_algorithm_needs_nothing_that_its_clients_refuse(algorithm: str) -> N
 
 
 def complaint(worker: Worker, request: m.Message) -> str:
-    """What a client says against a request; nothing if it answers."""
+    """The client's reason against a request, or an empty string if it answers."""
     try:
         worker.handle(Frame(request, memoryview(b"")))
     except WireError as error:
@@ -422,7 +422,7 @@ REQUESTS: list[tuple[m.Message, set[str]]] = [
 
 @pytest.mark.parametrize(("request_", "serves"), REQUESTS)
 def test_a_client_refuses_what_its_algorithm_does_not_need(request_: m.Message, serves: set[str]) -> None:
-    """And stays as it was; the server is told the reason."""
+    """It also stays unchanged, and the server learns the reason."""
     name = type(request_).__name__
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     worker = bound_to(CLIENT_VERBS - serves, worker_of(config, 0, name="client-0"))
@@ -431,13 +431,13 @@ def test_a_client_refuses_what_its_algorithm_does_not_need(request_: m.Message, 
         worker.handle(Frame(request_, memoryview(b"")))
     assert all(verb in str(error.value) for verb in CLIENT_VERBS - serves)
     assert difference(before, dict(worker.client.module.state_dict())) == 0
-    for verb in serves:  # one of them is enough; what is wrong then is the empty body, or nothing
+    for verb in serves:  # one of the verbs is enough; then only the empty body can be wrong
         worker = bound_to({verb}, worker_of(config, 0, name="client-0"))
         assert "does not need" not in complaint(worker, request_)
 
 
 def test_every_request_is_served_or_refused() -> None:
-    """Some requests are permitted whatever an algorithm needs: none of them trains, or gives the model away."""
+    """Some requests are permitted for every algorithm. None of them trains or gives the model away."""
     requests = set(get_args(m.FromServer)) - {m.Welcome, m.Refused, m.Bye}
     worker = bound_to((), worker_of(RunConfig.of({**SMALL, "algorithm": "psl"}), 0, name="client-0"))
     always = [m.BeginRound(0, 1, 1.0, 1), m.Settle(1), m.Save(1, "prepare"), m.Save(1, "commit")]
@@ -455,7 +455,7 @@ def test_every_request_is_served_or_refused() -> None:
 
 
 def test_a_refusal_reaches_the_server() -> None:
-    """A server that requests the model of a client in PSL loses that client, and is told the reason."""
+    """A server that requests a client's model in PSL loses that client and learns the reason."""
     told: list[tuple[str, Mapping[str, Any]]] = []
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     workers = {k: bound_to(NEEDS["psl"], worker_of(config, k, name=f"client-{k}")) for k in range(3)}
@@ -478,7 +478,7 @@ def test_a_watch_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_noise_is_the_clients_secret(tmp_path: Path) -> None:
-    """A client's noise is drawn from a seed that only it has; it is the same after a restart."""
+    """A client draws its noise from a seed that only the client has, and that stays the same after a restart."""
     options = {**SMALL, "algorithm": "psl", "clip": 1.0, "gaussian_noise": 1.0}
     config = RunConfig.of(options)
 
@@ -491,7 +491,7 @@ def test_noise_is_the_clients_secret(tmp_path: Path) -> None:
     secret = _secret(tmp_path)
     assert secret == _secret(tmp_path) != config.seed
     assert (tmp_path / "noise.seed").stat().st_mode & 0o077 == 0
-    assert sent(None) == sent(None)  # what the server can draw as well
+    assert sent(None) == sent(None)  # the server can draw this noise too
     assert sent(secret) == sent(secret) != sent(None)
     assert _secret(None) != _secret(None)
     (tmp_path / "noise.seed").write_text("none")
@@ -519,7 +519,7 @@ def test_both_sides_train_by_the_same_options(option: str, value: Any, shown: st
 
 
 def test_a_client_may_come_with_other_data_before_training() -> None:
-    """It joined with the wrong file, and comes again; once training has begun its number of samples stands."""
+    """It joined with the wrong file and joins again. Once training has begun, its number of samples is fixed."""
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     run, hub = remote(config)
     worker = hub.workers[1]
@@ -538,7 +538,7 @@ def test_a_client_may_come_with_other_data_before_training() -> None:
 
 
 def test_what_is_ones_own_may_differ() -> None:
-    """How a client protects its data is not the server's business."""
+    """The server does not compare how a client protects its data."""
     config = RunConfig.of({**SMALL, "algorithm": "sglr"})
     own = config.model_copy(update={"clip": 1.0, "gaussian_noise": 0.1, "eval_every": 2, "server_lr": 0.1})
     run, hub = remote(config, workers={k: worker_of(own, k, name=f"client-{k}") for k in range(3)})
@@ -547,7 +547,7 @@ def test_what_is_ones_own_may_differ() -> None:
 
 
 def test_a_state_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
-    """The server starts with an empty folder, the client with its saved state: it is told so, and keeps the state."""
+    """The server starts with an empty folder, the client with a saved state. The client refuses and keeps its state."""
     config = RunConfig.of({**SMALL, "algorithm": "psl"})
     run, _ = remote(config, tmp_path)
     run.run()
@@ -561,7 +561,7 @@ def test_a_state_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["ssl", "ussl"])
 def test_who_is_gone_misses_its_turn(algorithm: str) -> None:
-    """The model stays with its holder, and goes on to the next who is there."""
+    """The model stays with its holder, and then goes to the next client that is connected."""
     run, hub = remote(
         RunConfig.of(
             {
@@ -599,7 +599,7 @@ def test_a_holder_that_gives_garbage_is_the_one_that_is_blamed() -> None:
 
 
 def test_nobody_trained() -> None:
-    """Who was drawn goes away before its first batch: nothing is averaged, and others train in the next rounds."""
+    """The drawn client leaves before its first batch: nothing is averaged, and others train in the next rounds."""
     config = RunConfig.of({**SMALL, "algorithm": "sfl", "participation": 0.3, "rounds": 6, "eval_every": 6})
     (drawn,) = draw_participants(config.seed, 0, 3, config.participation)
     run, hub = remote(config)
@@ -661,7 +661,7 @@ def _no_tensors(message: Any, body: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("faulty", [_nan, _wrong_shape, _wrong_label, _negative_label, _many_rows, _no_tensors])
 def test_a_faulty_client_is_excluded(faulty: Callable[[Any, Any], tuple[Any, Any]]) -> None:
-    """What it sent is in no step; the others go on; it cannot come back; the record says why."""
+    """Its data are in no step, and the others continue. It cannot come back, and the record names the reason."""
     told: list[tuple[str, Mapping[str, Any]]] = []
     config = RunConfig.of({**SMALL, "algorithm": "sglr"})
     run, hub = remote(config, tell=lambda happened, facts: told.append((happened, facts)))
@@ -714,7 +714,7 @@ def test_a_model_that_is_not_a_number_is_not_averaged() -> None:
 
 
 def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
-    """Three files train as the one data set that they were dealt from, whatever classes they lack."""
+    """Three files train like the one data set they were taken from, whichever classes they lack."""
     names = [str(k) for k in range(10)]
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "class_names": names})
     shares = {k: worker_of(config, k, name=f"client-{k}").duty.samples for k in range(3)}
@@ -738,7 +738,7 @@ def test_a_client_with_data_of_its_own(tmp_path: Path) -> None:
 
 
 def test_classes_and_columns_are_compared_by_name(tmp_path: Path) -> None:
-    """A site whose file lacks a class would count the others otherwise; one with other columns would mix them up."""
+    """Otherwise a file that lacks a class would number the others differently, and columns would be mixed up."""
 
     def write(name: str, header: str, labels: str) -> str:
         rows = "".join(f"{n}.5,{n % 7}.25,{labels[n % len(labels)]}\n" for n in range(60))
@@ -768,8 +768,8 @@ def test_classes_and_columns_are_compared_by_name(tmp_path: Path) -> None:
 
 
 def test_a_client_whose_disk_is_full_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It says so, and nothing half-written is left; the run is what it would have been. Only after a restart it goes
-    back to the state that it had kept before.
+    """It says so, and no half-written file remains. The results do not change, but after a restart it can only return
+    to the last state that it saved.
     """
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "checkpoint_every": 1})
     told, asked, put = list[tuple[str, Any]](), list[int](), os.pwrite
@@ -780,7 +780,7 @@ def test_a_client_whose_disk_is_full_goes_on(tmp_path: Path, caplog: pytest.LogC
         return put(file, data, at)
 
     class Crowded(MemoryCarrier):
-        """The disk of client 1 is full from the second checkpoint on."""
+        """From the second checkpoint on, the disk of client 1 is full."""
 
         def answer(self, client: int, frame: Frame) -> Answer | None:
             with pytest.MonkeyPatch.context() as patch:
@@ -807,7 +807,7 @@ def test_labels_that_nobody_knows(tmp_path: Path) -> None:
 
 
 def test_too_few_are_left() -> None:
-    """All are faulty: the run ends with a sentence."""
+    """If all clients are faulty, the run ends with an error."""
     run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
     hub.tamper = lambda client, message, body: (
         _nan(message, body) if isinstance(message, m.SmashedUp) else (message, body)
@@ -817,7 +817,7 @@ def test_too_few_are_left() -> None:
 
 
 def test_twice_the_same_weights() -> None:
-    """What a client is set up with is what the simulation sets it up with."""
+    """A client starts with the same weights as in the simulation."""
     config = RunConfig.of({**SMALL, "algorithm": "psl", "start": "independent"})
     local = assemble(config).clients
     for k in range(3):
@@ -829,8 +829,8 @@ def test_twice_the_same_weights() -> None:
 @pytest.mark.parametrize("algorithm", ["sfl", "sglr", "ssl"])
 @pytest.mark.parametrize("committed", [True, False])
 def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path: Path) -> None:
-    """Server and clients are killed in the third round, or just after the second was kept but before anybody heard of
-    it; all begin anew from what each has kept, and end as if nothing had happened.
+    """Server and clients are killed in the third round, or after the second was saved but before its commit. All
+    restart from what they saved, and end with the numbers of an uninterrupted run.
     """
     config = RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "rounds": 4})
     whole = Run(config)
@@ -861,8 +861,8 @@ def test_all_go_on_from_the_same_round(algorithm: str, committed: bool, tmp_path
     [("fl", m.Fit), ("fl", m.GiveModel), ("fl", m.Evaluate), ("sfl", m.GiveModel)],
 )
 def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message]) -> None:
-    """The server's own network is: whatever it asks just then, it waits for its clients, asks again, and ends with the
-    numbers of a run without any fault.
+    """The server's own network fails. Whatever the server was requesting, it waits for its clients and asks again, and
+    the results are those of a run without faults.
     """
     config = RunConfig.of({**SMALL, "algorithm": algorithm})
     whole = Run(config)
@@ -879,7 +879,7 @@ def test_all_clients_are_gone_for_a_while(algorithm: str, verb: type[m.Message])
 
 
 def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
-    """The client has done its local steps when the connection breaks: it is asked again, and says what came of them."""
+    """The client has trained when the connection breaks. Asked again, it repeats its answer without training."""
     config = RunConfig.of({**SMALL, "algorithm": "fl"})
     whole = Run(config)
     losses = [record.loss for record in whole]
@@ -893,7 +893,7 @@ def test_no_client_trains_twice_for_an_answer_that_was_lost() -> None:
 
 @algorithm("own-losses", title="Own losses", needs={FORWARD, LEARN})
 class OwnLosses(Algorithm):
-    """Clients learn by their heads' loss; the server by what they send."""
+    """Clients learn from the loss of their heads, and the server from their smashed data."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         while smashed := clients.forward():
@@ -903,7 +903,7 @@ class OwnLosses(Algorithm):
 
 
 def test_no_client_learns_twice_for_an_answer_that_was_lost() -> None:
-    """Nor where it trains on the loss of its head: asked again for the same step, it says what came of it."""
+    """The same holds for the loss of a head: asked again for the same step, the client repeats its answer."""
     there = in_memory(Run(**{**SMALL, "algorithm": OwnLosses}).config)
     next(iter(there.run))
     worker = there.workers[0]
@@ -917,7 +917,7 @@ def test_no_client_learns_twice_for_an_answer_that_was_lost() -> None:
 
 
 def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
-    """It goes on with its next step; what was lost is the backward pass that was under way."""
+    """The run continues with the next step. Only the backward pass in progress is lost."""
     run, hub = remote(RunConfig.of({**SMALL, "algorithm": "sglr"}))
     rounds = []
     for record in run:
@@ -930,7 +930,7 @@ def test_all_clients_are_gone_in_the_midst_of_a_round() -> None:
 
 
 def test_nobody_can_stand_in_for_who_is_gone() -> None:
-    """The one that holds the model does not come back: the run ends with a sentence, it does not wait for ever."""
+    """If the client that has the model does not come back, the run ends with an error instead of waiting for ever."""
     run, hub = remote(RunConfig.of({**SMALL, "algorithm": "ssl", "eval_every": 1}))
     records = iter(run)
     next(records)
@@ -941,7 +941,7 @@ def test_nobody_can_stand_in_for_who_is_gone() -> None:
 
 
 def crash(run: Run, steps: int) -> None:
-    """Train this number of steps, and stop in the middle."""
+    """Train for this number of steps, and stop in the middle of the run."""
     records = iter(run)
     for _ in range(steps):
         next(records)
@@ -950,7 +950,7 @@ def crash(run: Run, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [3, 9])
 def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path) -> None:
-    """It is killed in the second round, before it has kept anything, or in the fourth; the clients reconnect."""
+    """The server is killed in the second round, before its first checkpoint, or in the fourth; the clients return."""
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
     whole = Run(config)
     whole.run()
@@ -967,7 +967,7 @@ def test_the_server_goes_back_and_the_clients_live_on(steps: int, tmp_path: Path
 
 
 def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path) -> None:
-    """A client without a folder cannot go back: it says so, rather than go on from where it is."""
+    """A client without a folder cannot go back: it says so instead of continuing with its present model."""
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5})
     broken, hub = remote(config)
     crash(broken, 2)
@@ -979,8 +979,8 @@ def test_a_server_that_begins_anew_is_not_met_with_another_model(tmp_path: Path)
 def test_killed_again_before_anybody_was_told_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All die after a checkpoint was written but before its commit came; and once more when the clients have prepared
-    the next state, but the server has not written its checkpoint.
+    """All processes die after a checkpoint was written but before its commit, and again when the clients have prepared
+    the next state but the server has not written its checkpoint.
     """
     config = RunConfig.of({**SMALL, "algorithm": "sglr", "rounds": 5, "batch": 8, "checkpoint_every": 2})
     whole = Run(config)

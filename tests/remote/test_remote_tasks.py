@@ -1,4 +1,4 @@
-"""Deployments of any task: what both sides compare, what they cannot find out, and targets that stay."""
+"""Deployments of any task: what both sides compare, what they cannot derive, and targets that stay with clients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Scaled(Task):
 
 
 def table(path: Path, targets: Tensor) -> str:
-    """A CSV file of `X` and these targets."""
+    """A CSV file of `X` and the given targets."""
     rows = [",".join(f"{v:.4f}" for v in x) + f",{y.item():g}" for x, y in zip(X, targets, strict=True)]
     path.write_text("\n".join(["a,b,c,d,e,label", *rows]) + "\n", encoding="utf-8")
     return str(path)
@@ -49,7 +49,7 @@ def config(data: str, **options: Any) -> RunConfig:
 
 
 def refused(ours: RunConfig, theirs: RunConfig) -> str:
-    """What the server tells a client that comes with another configuration."""
+    """The server's answer to a client that joins with another configuration."""
     workers = {0: worker_of(theirs, 0, name="client-0"), 1: worker_of(ours, 1, name="client-1")}
     with pytest.raises(RefusedError) as caught:
         next(iter(in_memory(ours, workers=workers).run))
@@ -57,7 +57,7 @@ def refused(ours: RunConfig, theirs: RunConfig) -> str:
 
 
 def test_a_client_with_another_task_is_refused(tmp_path: Path) -> None:
-    """Task and task options of both sides stand in the sentence."""
+    """The sentence names the task and the task options of both sides."""
     data = table(tmp_path / "two.csv", (X[:, 0] > 0).long())
     ours = config(data)
     assert refused(ours, config(data, task="binary")).startswith(
@@ -71,7 +71,7 @@ def test_a_client_with_another_task_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_task_file_is_compared_by_its_code(tmp_path: Path) -> None:
-    """Each side names its own copy, wherever it lies; another code under the same name is refused."""
+    """Each side names its own copy, in any place. Different code under the same name is refused."""
     paths = {}
     for name, power in (("server", "torch.square"), ("client", "torch.square"), ("other", "torch.abs")):
         (tmp_path / name).mkdir()
@@ -92,7 +92,7 @@ def test_a_task_file_is_compared_by_its_code(tmp_path: Path) -> None:
 
 
 def test_nobody_can_balance_classes_that_clients_keep_to_themselves(tmp_path: Path) -> None:
-    """With data of its own a client refuses, and names the remedy; with its share of common data all count alike."""
+    """With its own data, a client refuses and names the remedy. With shares of common data, all counts agree."""
     data = table(tmp_path / "two.csv", (X[:, 0] > 0).long())
     own = table(tmp_path / "own.csv", (X[:, 0] > 0.9).long())
     ours = config(data, balanced_classes=True, class_names=("0", "1"))
@@ -101,7 +101,7 @@ def test_nobody_can_balance_classes_that_clients_keep_to_themselves(tmp_path: Pa
     weighted = config(data, class_weights=(0.5, 2.0), class_names=("0", "1"))
     assert worker_of(weighted, 0, name="client-0", own=own_source(weighted, own)).duty.samples
     next(iter(in_memory(ours).run))
-    theirs = config(own, balanced_classes=True, class_names=("0", "1"))  # another file under the same options
+    theirs = config(own, balanced_classes=True, class_names=("0", "1"))  # another file with the same options
     assert refused(ours, theirs).startswith("class_weights is (")
 
 
@@ -111,12 +111,12 @@ def test_a_watch_needs_classes(tmp_path: Path) -> None:
     assert worker_of(ours, 0, name="client-0").duty.watch == "off"
     with pytest.raises(ConfigError, match=r"watch = 'warn' .* the task 'regression' are not one class per sample"):
         worker_of(ours, 0, name="client-0", watch="warn")
-    averaged = config(data, task="regression", algorithm="fl")  # models come, which it looks at whatever the task
+    averaged = config(data, task="regression", algorithm="fl")  # it receives models, which it checks for every task
     assert worker_of(averaged, 0, name="client-0", watch="warn").duty.watch == "warn"
 
 
 class Listening(MemoryCarrier):
-    """Notes all that clients say."""
+    """Records all messages of clients."""
 
     said: list[tuple[m.Message, bytes]]
 
@@ -129,12 +129,12 @@ class Listening(MemoryCarrier):
 
 
 def written(rows: int, width: int) -> int:
-    """Bytes of one tensor in a message."""
+    """Number of bytes of one tensor in a message."""
     return sum(len(bytes(part)) for part in encode([torch.zeros(rows, width)], [RAW]))
 
 
 def test_quantities_stay_with_the_clients() -> None:
-    """U-shaped: of the targets nothing goes up but the loss, the mass and what follows from the features' gradients."""
+    """U-shape: of the targets, only the loss, the mass and what depends on the features' gradients go up."""
 
     def heard(shift: float) -> tuple[Listening, Run, Any]:
         y = X[:, 0] + shift
@@ -158,13 +158,13 @@ def test_quantities_stay_with_the_clients() -> None:
     assert training <= kinds
     for message, body in one.said:
         if isinstance(message, m.SmashedUp):
-            assert len(body) == written(message.rows, 7)  # the smashed data, and no targets behind them
+            assert len(body) == written(message.rows, 7)  # the smashed data, and no targets after them
         if isinstance(message, m.TailUp):
             assert len(body) == written(message.rows, 6)
             assert set(message.__struct_fields__) == {"step", "rows", "loss", "mass"}
             assert message.mass == message.rows
     first, same = (next(body for message, body in c.said if isinstance(message, m.SmashedUp)) for c in (one, other))
-    assert first == same  # before anything is learnt, what goes up does not depend on targets
+    assert first == same  # before the first update, nothing that goes up depends on targets
     assert hellos == others
     assert run.result is not None
     assert run.result.metric == "rmse"

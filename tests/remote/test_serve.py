@@ -1,4 +1,4 @@
-"""A server that is started again: with the configuration of its folder, or not at all."""
+"""A restarted server uses the configuration of its folder, or does not start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with clients on other machines that has come to a checkpoint."""
+    """The folder of a run with remote clients that has written a checkpoint."""
     folder = tmp_path_factory.mktemp("served")
     in_memory(RunConfig.of(BASE), folder=folder).run.run()
     return folder / "run"
@@ -73,7 +73,7 @@ def test_the_command_says_it_and_ends_with_2(served: Path, tmp_path: Path) -> No
 
 
 def test_data_may_lie_elsewhere_once_a_checkpoint_knows_what_they_are(tmp_path: Path) -> None:
-    """The checkpoint compares what the data hold; before there is one, only their name says which they are."""
+    """A checkpoint compares the content of the data. Before the first checkpoint, only the name identifies them."""
     rows = "".join(f"{x},{x % 3},{'ab'[x % 2]}\n" for x in range(40))
     (tmp_path / "here.csv").write_text(f"u,v,label\n{rows}")
     shutil.copy(tmp_path / "here.csv", tmp_path / "there.csv")

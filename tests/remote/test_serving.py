@@ -1,4 +1,4 @@
-"""A run whose server is told during training which clients to admit."""
+"""During training, the server of a run is told which clients to admit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Deployment:
-    """A server that trains in this thread, with a list of denied clients, and clients in threads of their own."""
+    """A server that trains in this thread, with a list of denied clients; the clients have their own threads."""
 
     def __init__(self, out: Path, quorum: float, config: RunConfig) -> None:
         self.config = config
@@ -54,7 +54,7 @@ class Deployment:
         os.replace(fresh, self.deny)
 
     def come(self, client: int) -> None:
-        """Start a client, as a new process would, with the state that it has kept."""
+        """Start a client with its saved state, as a new process would."""
         folder = self._states / str(client)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config
@@ -62,14 +62,14 @@ class Deployment:
         self.dial(client)
 
     def dial(self, client: int) -> None:
-        """Connect a client, as it is, (again)."""
+        """Connect a client again, in its present state."""
         self.ends.pop(client, None)
         self._stops[client] = threading.Event()
         self._threads.append(threading.Thread(target=self._work, args=(client, self._workers[client])))
         self._threads[-1].start()
 
     def cut(self, client: int) -> None:
-        """Its connection ends, and it does not dial again by itself."""
+        """End the client's connection; the client does not dial again by itself."""
         self._stops[client].set()
         until(lambda: client in self.ends and client not in self.service.hub.present)
 
@@ -160,7 +160,7 @@ def test_a_run_that_needs_who_is_denied_ends(tmp_path: Path) -> None:
 
 
 def test_the_holder_of_the_model_has_time_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others make up a quorum, but they cannot give the model that it holds: it is waited for, and dials in then."""
+    """Others make up a quorum, but only the holder has the model: the server waits, and the holder dials in."""
     config = RunConfig.of({**STUDY, "algorithm": "ssl", "rounds": 2})
     with deployment(tmp_path / "run", 0.6, config) as d, d.service.open() as run:
         records = iter(run)

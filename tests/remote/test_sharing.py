@@ -1,4 +1,4 @@
-"""The server's part goes to the clients that want it, at the end, and only if the server shares it."""
+"""At the end, the server's part goes to the clients that want it, if the server shares it."""
 
 import shutil
 from pathlib import Path
@@ -35,14 +35,14 @@ def finished(asked: RunConfig, folder: Path, **options: Any) -> InMemory[MemoryC
 
 
 def held(made: InMemory[MemoryCarrier], client: int) -> dict[str, torch.Tensor]:
-    """A client's whole model, as it is on the two sides."""
+    """A client's whole model, put together from both sides."""
     own = named_as_whole(made.workers[client].client.module.state_dict(), made.cohort.shape)
     return {**own, **made.run.training.server.model.state_dict()}
 
 
 @pytest.mark.parametrize("algorithm", ["psl", "sfl", "ussl", "fl"])
 def test_clients_keep_the_whole_model(algorithm: str, tmp_path: Path) -> None:
-    """What a client keeps is its own part with the server's; nothing of the other clients; it is counted apart."""
+    """A client keeps its own part and the server's, and nothing of other clients. The bytes are counted separately."""
     cuts: dict[str, Any] = {"fl": {"cut": None}, "ussl": {"tail_cut": "3"}}.get(algorithm, {})
     made = finished(config(algorithm=algorithm, share_server_model=True, **cuts), tmp_path)
     before = made.run.result
@@ -60,7 +60,7 @@ def test_clients_keep_the_whole_model(algorithm: str, tmp_path: Path) -> None:
         assert load_model(tmp_path / client_name(k), model=mlp)(torch.zeros(2, 6)).shape == (2, 4)
     after = made.run.result
     assert after is not None
-    assert after.bytes_down == before.bytes_down  # of training
+    assert after.bytes_down == before.bytes_down  # the bytes of training
     rows = {row["kind"]: row["wire-unicast"] for row in after.bytes if row["direction"] == "down"}
     assert rows.get("server model", 0) == 3 * size
     assert '"server model"' in (tmp_path / "run/result.json").read_text() or not size
@@ -89,7 +89,7 @@ def test_only_clients_that_want_it_get_it(tmp_path: Path, caplog: pytest.LogCapt
         for k in folders
     })  # fmt: skip
     assert "client-1: the server keeps its part of the model" in caplog.text
-    assert "client-0" not in caplog.text  # without a folder it wants nothing
+    assert "client-0" not in caplog.text  # without a folder, it does not ask for the part
     assert share(made.run, made.cohort) == {}
 
 
@@ -118,7 +118,7 @@ def test_a_server_part_of_another_form_is_refused(change: Any, message: str, tmp
 
 
 def test_the_server_alone_has_no_whole_model(tmp_path: Path) -> None:
-    """Unless it averages the clients' parts itself."""
+    """The exception: the server averages the clients' parts itself."""
     finished(config(), tmp_path / "psl")
     with pytest.raises(ConfigError, match="the clients' parts of this model are with the clients"):
         load_model(tmp_path / "psl/run", model=mlp)
@@ -127,7 +127,7 @@ def test_the_server_alone_has_no_whole_model(tmp_path: Path) -> None:
 
 
 def test_both_sides_start_from_the_same_weights(tmp_path: Path) -> None:
-    """What a client starts from is compared; the server's part is the server's business."""
+    """The client's starting weights are compared; those of the server's part are not."""
     torch.manual_seed(1)
     state = mlp().state_dict()
     files = {

@@ -1,4 +1,4 @@
-"""The network between server and clients, for real: gRPC and TLS on this machine's own address, nothing mocked."""
+"""The real network between server and clients: gRPC and TLS on this machine's own address, without mocks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from cutlayer.wire.frames import split
 
 TERMS = m.Terms(run="r", algorithm="psl", part="p", crossing=[], returning=[], step=m.StepTerms(batch=4))
 QUICK = Backoff(first=0.05, most=0.2)
-SOON = 30.0  # seconds that anything may take on a busy machine; usually a hundredth of that
+SOON = 30.0  # seconds that anything may take on a busy machine; it usually takes a hundredth of that
 INSECURE = ServerSecurity(), ClientSecurity()
 
 
@@ -63,12 +63,12 @@ def greet(said: m.Hello, identity: str | None) -> m.Welcome | m.Refused:
 
 
 def answer(request: Any, body: Any = b"") -> tuple[m.Message, Sequence[Any]] | None:
-    """What a client gives back: the bytes that came with TakeModel, after Forward."""
+    """A client's answer: after Forward, the bytes that it received with TakeModel."""
     return (m.SmashedUp(request.step, 2), [bytes(body)]) if isinstance(request, m.Forward) else None
 
 
 class Echo:
-    """A worker that sends back the model that it was sent. `pause`: what it waits for before each answer."""
+    """A worker that sends back the model that it received. It waits for `pause` before each answer."""
 
     def __init__(self, client: int, *, token: str = "", name: str | None = None) -> None:
         self.said = hello(client, token, name)
@@ -92,7 +92,7 @@ class Echo:
 
 
 class Clients:
-    """Workers that dial from threads of their own; how that ended is in `ends`."""
+    """Workers that dial from their own threads; `ends` contains their results."""
 
     def __init__(self, port: int, security: Callable[[int], ClientSecurity] | ClientSecurity, **options: Any) -> None:
         self.port, self.security, self.options = port, security, options
@@ -119,7 +119,7 @@ class Clients:
             self.ends.put((key, error))
 
     def end(self) -> str | BaseException:
-        """How the next one ends."""
+        """The result of the next worker that ends."""
         return self.ends.get(timeout=SOON)[1]
 
     def __enter__(self) -> Self:
@@ -135,7 +135,7 @@ class Clients:
 
 
 class Raw:
-    """A client by hand, that may say what it likes."""
+    """A client without Cutlayer's code, which can send anything."""
 
     def __init__(
         self,
@@ -172,13 +172,13 @@ class Raw:
         return self.side.receive(self.came.pop(0))
 
     def send(self, message: m.Message, body: Sequence[Any] = ()) -> bytes:
-        """The frame, which was sent."""
+        """Send a message, and return its frame."""
         frame = self.side.send(message, body)
         self.said.put(frame)
         return frame
 
     def refused(self) -> Any:
-        """The error that the call ends in."""
+        """The error that ends the call."""
         with pytest.raises(grpc.RpcError) as error:
             for _ in self.call:
                 pass
@@ -199,7 +199,7 @@ class Raw:
 
 @contextmanager
 def serving(security: ServerSecurity | None = None, **options: Any) -> Iterator[tuple[Hub, int]]:
-    """A hub, listening at the port; it leaves no thread behind."""
+    """A hub that listens, and its port. The hub must leave no thread behind."""
     before = set(threading.enumerate())
     hub = Hub("localhost:0", security or ServerSecurity(), options.pop("greet", greet), **options)
     port = hub.start()
@@ -217,7 +217,7 @@ def step(number: int, body: Sequence[Any] = (b"x",)) -> list[tuple[m.Message, Se
 
 
 def bodies(results: dict[int, Any]) -> dict[int, Any]:
-    """The bytes that came back, or why a client is lost."""
+    """The bytes that each client returned, or the reason why it is lost."""
     return {k: r.reason if isinstance(r, Lost) else b"".join(bytes(f.body) for f in r) for k, r in results.items()}
 
 
@@ -230,7 +230,7 @@ def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates: server, client-0...7; of another authority, old."""
+    """Certificates for a server and client-0 to client-7; some of another authority, and some that have expired."""
     folder = tmp_path_factory.mktemp("pki")
     make_ca(folder)
     make_ca(folder / "other")
@@ -272,7 +272,7 @@ def test_exchange_over_mutual_tls(clients: int, pki: Path) -> None:
             common = [b"one", b"body", os.urandom(300_000)]
             results = hub.exchange({k: step(4, common) for k in range(clients)})
             assert set(bodies(results).values()) == {b"".join(common)}
-            assert bodies(hub.exchange({0: [(m.TakeModel(5), common)]})) == {0: b""}  # it is sent: nothing else comes
+            assert bodies(hub.exchange({0: [(m.TakeModel(5), common)]})) == {0: b""}  # sent; nothing comes back
             assert hub.exchange({}) == {}
             assert hub.exchange({0: []}) == {0: []}
             traffic = hub.traffic()[clients - 1]
@@ -326,7 +326,7 @@ def test_both_ends_take_addresses_with_a_scheme(pki: Path) -> None:
 
 
 class Memory:
-    """What the tests below need of a carrier in memory."""
+    """A carrier in memory for the tests below."""
 
     def __init__(self, clients: int) -> None:
         self.carrier = MemoryCarrier({k: Echo(k) for k in range(clients)})
@@ -338,7 +338,7 @@ class Memory:
 
 
 def test_memory_carries_what_a_network_does() -> None:
-    """The same requests give the same answers and the same figures, to the byte."""
+    """The same requests give the same answers and the same numbers of bytes."""
     requests = {k: step(1, [os.urandom(1000 * k + 1)]) for k in range(3)}
     memory = Memory(3)
     there = memory.bodies(requests)
@@ -365,7 +365,7 @@ def test_memory_lets_nobody_answer_who_is_not_up_to_date() -> None:
 
 
 def test_memory_tells_faults_of_both_sides_apart() -> None:
-    """As over a network: an answer that is not understood is garbage; a client that says it cannot go on has failed."""
+    """As over a network: an unreadable answer is garbage, and a client that reports an error has failed."""
 
     def wrong(client: int, frame: Frame) -> Any:
         raise WireError("three dimensions were expected")
@@ -384,13 +384,13 @@ def test_memory_tells_faults_of_both_sides_apart() -> None:
     assert memory.carrier.connected == {2}
     worker = memory.carrier.workers[2]
     worker.handle = lambda frame: 1 / 0
-    with pytest.raises(ZeroDivisionError):  # a bug in this process
+    with pytest.raises(ZeroDivisionError):  # an error in this process
         memory.bodies({2: step(1)})
 
 
 def test_a_common_body_is_joined_once() -> None:
     body = Body([b"a", memoryview(b"b")])
-    assert list(body.buffers) == [b"a", b"b"]  # for one client: packed as it is
+    assert list(body.buffers) == [b"a", b"b"]  # for a single client, the body is packed as it is
     body.users = 2
     assert body.buffers == [b"ab"]
     assert body.buffers[0] is body.buffers[0]
@@ -407,7 +407,7 @@ def test_a_late_answer_is_thrown_away_and_the_next_exchange_is_right() -> None:
         changing[:] = b"?"
         assert bodies(results) == {0: "late", 1: b"2"}
         assert hub.connected == {0, 1}
-        # A second one, later still; both are answered before the third.
+        # The second answer is even later. The client gives both before the third.
         assert bodies(hub.exchange({0: step(3, [b"3"])}, deadline=0.1)) == {0: "late"}
         slow.pause.set()
         results = hub.exchange({k: step(4, [b"4"]) for k in (0, 1)}, deadline=SOON)
@@ -430,7 +430,7 @@ def test_quorum() -> None:
         threading.Timer(0.3, group.workers[2].pause.set).start()
         assert bodies(hub.exchange({k: step(2) for k in range(3)}, deadline=0.01, quorum=5)) == dict.fromkeys(
             range(3), b"x"
-        )  # an impossible quorum: it waits for all clients
+        )  # an impossible quorum, so it waits for all clients
 
 
 def test_only_voters_make_a_quorum() -> None:
@@ -486,12 +486,12 @@ def test_a_client_killed_in_the_midst_does_not_disturb_the_others() -> None:
         said = ClientSide().send(hello(0)).hex()
         with subprocess.Popen([sys.executable, "-c", KILLED, str(port), said], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            assert process.stdout.readline()  # Welcome
+            assert process.stdout.readline()  # a Welcome
             hub.wait_for(3, SOON)
 
             def kill() -> None:
                 assert process.stdout is not None
-                assert process.stdout.readline()  # it was asked
+                assert process.stdout.readline()  # a request
                 process.kill()
 
             threading.Thread(target=kill).start()
@@ -502,7 +502,7 @@ def test_a_client_killed_in_the_midst_does_not_disturb_the_others() -> None:
 
 
 class Cable:
-    """A way to a port, that can be cut."""
+    """A connection to a port that can be cut."""
 
     def __init__(self, port: int) -> None:
         self.to, self.ends = port, list[socket.socket]()
@@ -563,7 +563,7 @@ def test_a_client_comes_back_when_the_network_does() -> None:
             assert bodies(hub.exchange({k: step(1) for k in (0, 1)})) == {0: b"x", 1: b"x"}
             cable.cut()
             until(lambda: hub.traffic()[0].connections == 2 and 0 in hub.present)
-            # It receives nothing that belongs to messages that it missed, until the trainer has noticed.
+            # Until the trainer has noticed, the client receives nothing that depends on messages that it missed.
             assert hub.connected == {1}
             lost = hub.exchange({k: step(2) for k in (0, 1)})[0]
             assert isinstance(lost, Lost)
@@ -582,7 +582,7 @@ def test_clients_come_back_when_the_server_does() -> None:
     cable = Cable(port)
     with Clients(cable.port, INSECURE[1]).add(Echo(0), Echo(1)) as group:
         hub.wait_for(2, SOON)
-        cable.cut()  # so that they hear no Bye
+        cable.cut()  # so that they receive no Bye
         cable.to = 1
         hub.stop("a crash", 0)
         time.sleep(0.3)
@@ -639,7 +639,7 @@ def test_stop_ends_a_client_that_waits() -> None:
 
 
 class Faulty(Echo):
-    """Fails at step 2, or says what it must not."""
+    """Fails at step 2, or sends a forbidden answer."""
 
     def handle(self, frame: Frame) -> tuple[m.Message, Sequence[Any]] | None:
         if getattr(frame.message, "step", 0) == 2:
@@ -664,7 +664,7 @@ def test_a_clients_error_is_heard_on_both_sides(number: int, kind: str, sentence
         assert type(ended).__name__ == kind
         assert sentence in str(ended)
         again = hub.exchange({k: [(m.Forward(number + 1), ())] for k in (0, 1)})[0]
-        assert again == results[0]  # repeated for later questions
+        assert again == results[0]  # the reason is given again to later requests
 
 
 def test_a_client_refuses_a_server() -> None:
@@ -737,11 +737,11 @@ def test_a_client_that_talks_nonsense(what: str, sentence: str) -> None:
         assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert sentence in (error.details() or "")
         assert [type(r[1]) for r in (first, second)] == [list, list]
-        lost = second[0]  # what was wrong may come behind a right answer to the first
+        lost = second[0]  # the error may follow a correct answer to the first request
         assert isinstance(lost, Lost)
         assert lost.reason == ("gone" if what == "far too large" else "garbage")
         assert sentence in lost.sentence
-        with Clients(port, INSECURE[1]).add(Echo(0)):  # and may come back
+        with Clients(port, INSECURE[1]).add(Echo(0)):  # the client may come back
             until(lambda: 0 in hub.arrivals())
             assert bodies(hub.exchange({k: step(3) for k in (0, 1)})) == {0: b"x", 1: b"x"}
 
@@ -764,7 +764,7 @@ def test_a_first_word_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
                 error = raw.refused()
                 assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert sentence in error.details()
-        with Raw(port, said=bytes(200_000), welcome=False) as raw:  # more than gRPC takes: our code never sees it
+        with Raw(port, said=bytes(200_000), welcome=False) as raw:  # more than gRPC accepts, so our code never sees it
             assert raw.refused().code() is not grpc.StatusCode.OK
         assert hub.traffic() == {}
         with Raw(port):
@@ -781,7 +781,7 @@ def replace_terms(**changes: Any) -> m.Terms:
 
 
 class Saying(Echo):
-    """Says another Hello."""
+    """Sends another Hello."""
 
     def __init__(self, said: m.Hello) -> None:
         super().__init__(0)
@@ -815,7 +815,7 @@ def test_joining_twice_and_taking_anothers_number() -> None:
             dial(f"localhost:{port}", INSECURE[1], Echo(0), keepalive=0.2)
         assert error.value.reason == "taken"
         assert error.value.exit_code == 75
-        assert time.monotonic() - begin > 0.5  # long enough to notice that the first one was dead
+        assert time.monotonic() - begin > 0.5  # long enough to notice if the first client was dead
         with pytest.raises(RefusedError, match="number 0 is taken"):
             dial(f"localhost:{port}", INSECURE[1], Echo(0, name="other-0"), keepalive=0.2)
         assert bodies(hub.exchange({0: step(1)})) == {0: b"x"}
@@ -846,17 +846,17 @@ def test_a_crowded_server_is_dialled_again(monkeypatch: pytest.MonkeyPatch, capl
 
 @pytest.mark.network
 def test_who_waits_stays() -> None:
-    """Pings alone, with nothing else said, are no reason to hang up: a client may wait for its turn for hours."""
+    """Pings without other messages are no reason to hang up, since a client may wait for its turn for hours."""
     often = {"keepalive": network.LEAST}
     with serving(**often) as (hub, port), Clients(port, INSECURE[1], **often).add(Echo(0)):
         hub.wait_for(1, SOON)
-        time.sleep(5 * network.LEAST)  # one more than a server that counts pings forgives
+        time.sleep(5 * network.LEAST)  # one ping more than a server that counts pings forgives
         assert hub.traffic()[0].connections == 1
         assert bodies(hub.exchange({0: step(1)})) == {0: b"x"}
 
 
 def test_who_vanishes_makes_way() -> None:
-    """A client whose packets are lost, without a word, is noticed by pings; its successor waits for that."""
+    """If a client's packets are silently lost, pings notice it, and its successor waits for that."""
     with serving(keepalive=0.4) as (hub, port):
         cable = Cable(port)
         with Clients(cable.port, INSECURE[1]).add(Echo(0)) as group:
@@ -870,8 +870,8 @@ def test_who_vanishes_makes_way() -> None:
 
 
 class Damaging:
-    """A way to a port. On the given connections, counted from 0, the last bit of what the client says second is wrong:
-    the server hangs up after the handshake, as if it did not take the certificate.
+    """A proxy that flips the last bit of the client's second message on the given connections, counted from 0. The
+    server then hangs up after the handshake, as if it did not accept the certificate.
     """
 
     def __init__(self, port: int, damaged: Collection[int]) -> None:
@@ -903,7 +903,7 @@ class Damaging:
         for end in (a, b):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        a.close()  # the other is what the other direction reads
+        a.close()  # the other socket is closed by the other direction, which reads from it
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -913,7 +913,7 @@ class Damaging:
 
 
 def test_a_damaged_handshake_says_nothing_about_certificates(pki: Path) -> None:
-    """One that goes on being damaged looks like a server that refuses."""
+    """A handshake that is damaged repeatedly looks like a refusal by the server."""
     security = replace(client_tls(pki, "client-0"), server_name="localhost")
     with serving(server_tls(pki)) as (_, port):
         for damaged, verdict in (((0,), None), ((0, 1), "does not accept")):
@@ -942,7 +942,7 @@ def test_wrong_certificates(pki: Path, tmp_path: Path) -> None:
         error = fails(client_tls(pki, "client-1"))
         assert (error.reason, str(error)[:50]) == ("client", "this certificate is made for 'client-1', not for '"[:50])
         assert "speaks TLS" in str(fails(ClientSecurity()))
-        # An old one is found out here, before; and, if it were sent, there.
+        # An expired certificate is found here, before it is sent; the server would refuse it too.
         with pytest.raises(ConfigError, match=r"expired on .*: make a new one"):
             dial(f"localhost:{port}", client_tls(pki, "old"), Echo(0))
         assert "does not accept this client's certificate" in (
@@ -1011,7 +1011,7 @@ def test_a_port_that_is_taken(pki: Path) -> None:
 
 @pytest.fixture(scope="module")
 def refusing() -> Iterator[int]:
-    """A server that refuses every client with the reason that it is called by; its port."""
+    """The port of a server that refuses every client, with the client's name as the reason."""
 
     def refuse(said: m.Hello, identity: str | None) -> m.Refused:
         reason: Any = said.client
@@ -1023,7 +1023,7 @@ def refusing() -> Iterator[int]:
 
 @pytest.mark.parametrize("reason", get_args(m.Reason))
 def test_what_a_refused_client_ends_with(reason: str, refusing: int) -> None:
-    """2 if a person has to do something first, 75 if the same command may be let in later."""
+    """2 if a person has to do something first, 75 if the same command may succeed later."""
     with pytest.raises(RefusedError, match="a sentence") as error:
         dial(f"localhost:{refusing}", INSECURE[1], Saying(hello(0, name=reason)))
     assert error.value.exit_code == (75 if reason in ("taken", "full") else 2)
@@ -1139,12 +1139,12 @@ def test_sixty_four_clients() -> None:
 
 @pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_clients_and_few_threads(count: int) -> None:
-    """More clients than there are threads to decode with, all over a few connections, answered one after another."""
+    """More clients than decoding threads, over a few connections, which answer one after another."""
     patience = 160.0 if count > 300 else SOON
     with serving() as (hub, port):
         channels = [
             grpc.insecure_channel(f"localhost:{port}", [("grpc.use_local_subchannel_pool", 1)])
-            for _ in range(count // 15)  # a connection takes 16 streams
+            for _ in range(count // 15)  # a connection can have 16 streams
         ]
         streams = [Raw(port, k, channel=channels[k % len(channels)], timeout=patience) for k in range(count)]
         assert len(hub.wait_for(count, patience)) == count
@@ -1174,13 +1174,13 @@ def test_many_clients_and_few_threads(count: int) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Number of bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_who_does_not_read_costs_the_server_little() -> None:
-    """Four clients that read nothing: others are answered as ever; what waits for the four is bounded."""
+    """Four clients read nothing. Others get answers as usual, and the data that wait for the four are bounded."""
     size = 1 << 20
     limits = Limits(message_bytes=8 * size)
     with serving(limits=limits) as (hub, port), Clients(port, INSECURE[1], limits=limits).add(Echo(9)):
@@ -1194,7 +1194,7 @@ def test_who_does_not_read_costs_the_server_little() -> None:
             results = hub.exchange({**requests, 9: step(number, [b"%d" % number])}, deadline=0.15)
             assert bodies(results)[9] == b"%d" % number
             gone |= {k for k, r in results.items() if isinstance(r, Lost) and r.reason == "gone"}
-            assert resident() - before < 100 * size  # 39 times 4 MB would be more
+            assert resident() - before < 100 * size  # without a bound, it would be 39 times 4 MB
         assert gone == {0, 1, 2, 3}
         lost = hub.exchange({0: step(40)})[0]
         assert isinstance(lost, Lost)
@@ -1205,7 +1205,7 @@ def test_who_does_not_read_costs_the_server_little() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_exchanges_leave_nothing_behind() -> None:
-    """Neither answers nor requests outlive an exchange, however far off its deadline was."""
+    """Neither answers nor requests remain after an exchange, however late its deadline was."""
     size = 1 << 20
     with serving() as (hub, port), Clients(port, INSECURE[1]).add(Echo(0)):
         hub.wait_for(1, SOON)
@@ -1229,12 +1229,12 @@ def test_frames_in_one_message() -> None:
 
 
 def test_what_waits_for_a_client_is_what_it_was() -> None:
-    """Buffers may change after an exchange, also those of messages that could not be sent yet."""
+    """Buffers may change after an exchange, even if their messages have not been sent yet."""
     size = 32 << 20  # more than gRPC's windows ever take
     with serving() as (hub, port), Raw(port, 0) as raw:
         hub.wait_for(1, SOON)
         buffers = [bytearray(b"a" * size) for _ in range(3)]
-        for number, buffer in enumerate(buffers):  # the first is on its way, and stuck; the others wait
+        for number, buffer in enumerate(buffers):  # the first is stuck on its way, and the others wait
             assert bodies(hub.exchange({0: [(m.TakeModel(number), [buffer])]}, deadline=0.2)) == {0: "late"}
             buffer[:] = b"b" * size
         assert bodies(hub.exchange({0: [(m.Forward(3), ())]}, deadline=0.2)) == {0: "late"}
@@ -1259,8 +1259,8 @@ sys.stdin.readline()
 
 
 def test_strangers_cannot_fill_the_memory() -> None:
-    """What is sent along with a Hello that is refused is not read. They are in a process of their own, whose memory is
-    not looked at.
+    """The server does not read data that come with a refused Hello. The clients are in a process of their own, so their
+    memory is not measured.
     """
     with serving(greet=lambda said, _: m.Refused("full", "no")) as (_, port):
         before = resident()
@@ -1300,7 +1300,7 @@ def test_a_clean_end(caplog: pytest.LogCaptureFixture) -> None:
         hub.wait_for(3, SOON)
         group.workers[1].pause.clear()
         assert bodies(hub.exchange({0: step(1), 1: step(1)}, deadline=0.2)) == {0: b"x", 1: "late"}
-        hub.exchange({2: [(m.TakeModel(1), [bytes(5 << 20)])]}, deadline=0.1)  # which it does not read
+        hub.exchange({2: [(m.TakeModel(1), [bytes(5 << 20)])]}, deadline=0.1)  # it does not read this
         threading.Timer(0.3, group.workers[1].pause.set).start()
         begin = time.monotonic()
         hub.stop("the end", 2)
@@ -1317,7 +1317,7 @@ def test_a_clean_end(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_an_exchange_ends_once() -> None:
-    """Whoever waited has been interrupted; then the server hangs up on the clients that were asked."""
+    """The waiting thread was interrupted, and then the server hangs up on the clients that it had asked."""
 
     class Nothing:
         def keep_bodies(self, exchange: Exchange) -> None:

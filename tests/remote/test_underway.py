@@ -1,6 +1,4 @@
-"""Clients that work at their own pace, over gRPC: batches are taken in the order of their arrival, and no
-client waits.
-"""
+"""Clients that work at their own pace, over gRPC: the server takes batches as they arrive, and no client waits."""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ Before = Callable[[int, m.Message], None]
 
 @contextmanager
 def served(out: Path, before: Before, faults: Mapping[str, Any], **options: Any) -> Iterator[Run]:
-    """A run over gRPC on this machine, with a thread for each client: `before` is called before it answers."""
+    """A run over gRPC on this machine with a thread for each client, which calls `before` ahead of each answer."""
     config = RunConfig.of({**STUDY, **options})
     stop, threads = threading.Event(), []
 
@@ -73,7 +71,7 @@ def served(out: Path, before: Before, faults: Mapping[str, Any], **options: Any)
 
 
 class Pace:
-    """The slow client's first batch comes once each other client has sent three; these then wait for it."""
+    """The slow client sends its first batch after each other client has sent three; these then wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -97,14 +95,14 @@ class Pace:
 
 
 def test_a_slow_client_holds_nobody_up(tmp_path: Path) -> None:
-    """Its first batch is taken when it comes, several steps and averagings later, and it goes on with its old model."""
+    """Its first batch is taken when it arrives, some steps and averagings later, and the client keeps its old model."""
     with served(tmp_path / "run", Pace(), {}, rounds=12, buffer_models=1) as run:
         order = [record.clients[0] for record in run]
     assert run.result is not None
     assert run.result.staleness is not None
     ages = run.result.staleness
     first = order.index(SLOW)
-    assert first >= 4  # of the six batches of the others, at most two are under way when the slow client answers
+    assert first >= 4  # the others have six batches, of which at most two are in transit when the slow client answers
     assert set(order[:first]) == {0, 1}
     assert ages["batches_most"][SLOW] == first
     assert ages["averagings"] == 12
@@ -114,7 +112,7 @@ def test_a_slow_client_holds_nobody_up(tmp_path: Path) -> None:
 
 
 def test_rounds_end_without_a_client_that_hangs(tmp_path: Path) -> None:
-    """After the deadline what is there is averaged; the client is late, and not excluded."""
+    """After the deadline, the models that have arrived are averaged. The client is late, but not excluded."""
     over = threading.Event()
 
     def hang(client: int, message: m.Message) -> None:
@@ -162,7 +160,7 @@ def _model(value: float) -> Fault:
     ],
 )
 def test_who_sends_nonsense_is_named_and_excluded(kind: type[m.Message], fault: Fault, said: str) -> None:
-    """What it sent is in no buffer and no average; the others go on to the last round."""
+    """Its data are in no buffer and no average, and the others continue to the last round."""
     told: list[tuple[str, Mapping[str, Any]]] = []
     config = RunConfig.of({**STUDY, "rounds": 4, "batch": 8})
     run, hub = remote(config, tell=lambda happened, facts: told.append((happened, facts)))
@@ -185,7 +183,7 @@ def test_who_sends_nonsense_is_named_and_excluded(kind: type[m.Message], fault: 
 
 @pytest.mark.parametrize("living", [True, False])
 def test_a_server_comes_back_to_clients_at_work(living: bool, tmp_path: Path) -> None:
-    """As processes that live on, or as new ones with the states that they have kept: all rounds end."""
+    """The clients are running processes, or new ones with saved states. In both cases all rounds end."""
     config = RunConfig.of({**STUDY, "rounds": 5, "checkpoint_every": 1, "buffer_models": 1, "buffer_batches": 2})
     run, hub = remote(config, tmp_path)
     steps = iter(run)
@@ -202,7 +200,7 @@ def test_a_server_comes_back_to_clients_at_work(living: bool, tmp_path: Path) ->
 
 
 def test_the_average_is_judged_where_all_that_have_it_are_gone() -> None:
-    """By the server's own copy, while the connected clients are at work."""
+    """The server uses its own copy while the connected clients are at work."""
     config = RunConfig.of({**STUDY, "rounds": 1, "buffer_models": 1})
     there = in_memory(config)
     training, cohort = there.run.training, there.cohort
@@ -237,7 +235,7 @@ def test_another_begins_where_the_one_at_work_is_gone() -> None:
 
 
 class Noting(MemoryCarrier):
-    """Notes the models that clients join with, the batches of their first round, and who is sent another model."""
+    """Records the models that clients join with, the batches of their first round, and who receives another model."""
 
     def __init__(self, workers: Mapping[int, Any]) -> None:
         super().__init__(workers)
@@ -260,7 +258,7 @@ class Noting(MemoryCarrier):
 
 
 def test_clients_at_work_go_on_where_they_were_after_a_restart(tmp_path: Path) -> None:
-    """With the model that they kept in passing and the batches that were left then, not with the last average."""
+    """They continue with the model that they saved and the batches that were left, not with the last average."""
     config = RunConfig.of(
         {
             **STUDY,

@@ -1,4 +1,4 @@
-"""What a server reads off numbers that clients send, complex ones among them."""
+"""Checks of the numbers that clients send, including complex numbers."""
 
 from __future__ import annotations
 
