@@ -1,4 +1,4 @@
-"""Adapters on a frozen base: the same with every engine and over frames; against a loop of peft's own."""
+"""Adapters on a frozen base: all engines and deployments agree, also with a training loop that uses peft alone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def rows(count: int) -> dict[str, Tensor]:
-    """Tokens, and those that follow, of which the first are not learnt."""
+    """Tokens and their successors as targets. The first targets of each row are not learnt."""
     ids = torch.randint(0, VOCABULARY, (count, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     y = ids[:, 1:].clone()
     y[:, :2] = -100
@@ -65,11 +65,12 @@ def innermost(run: Run) -> Any:
     return cohort
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_psl_with_one_client_takes_the_steps_of_peft_on_the_uncut_model(base: str, accumulate: int) -> None:
-    """Each on its own code: peft's model, its own loss with the ignore index, torch's optimiser. Batches of half the
-    rows whose gradients are accumulated are the batch of all.
+    """The reference uses peft's model, a loss with the ignore index and torch's optimiser.
+
+    Two batches of half the rows with accumulated gradients equal one batch of all rows.
     """
     data = rows(4)
     x, y = data["x"], data["y"]
@@ -103,8 +104,9 @@ def test_psl_with_one_client_takes_the_steps_of_peft_on_the_uncut_model(base: st
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_that_are_computed_again_change_nothing(base: str, engine: str, masked: bool) -> None:
-    """Adapters with dropout, a base in bfloat16, gradients accumulated over two batches: bit for bit. A mask has the
-    model cut in another way.
+    """Equal bit for bit with dropout, a base in bfloat16 and gradients accumulated over two batches.
+
+    With a mask, the model is cut by another method.
     """
     data: dict[str, Any] = rows(8)
     if masked:
@@ -124,7 +126,7 @@ def test_blocks_that_are_computed_again_change_nothing(base: str, engine: str, m
 
 
 def exported_ranks(base: str, folder: Path, whole: nn.Module) -> set[tuple[int, int]]:
-    """The ranks of exported adapters by layer; with them, peft computes what `whole` does."""
+    """The ranks of exported adapters, by layer. Checks that peft computes the same as `whole` with them."""
     tuned = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), folder)
     x, double = rows(2)["x"], next(whole.parameters()).dtype == torch.float64
     logits = (tuned.double() if double else tuned)(input_ids=x).logits
@@ -133,9 +135,9 @@ def exported_ranks(base: str, folder: Path, whole: nn.Module) -> set[tuple[int, 
     return {(int(name.partition("layers.")[2][0]), rank) for name, rank in sizes.items()}
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 def test_ranks_per_client(base: str, tmp_path: Path) -> None:
-    """Adapters of a transformer: bytes are those of each rank, and an exported adapter has its own."""
+    """Adapters of a transformer: the bytes and the exported adapter of each client have the client's rank."""
     data, more = rows(12), {"validation": 0, "averaging": "products", "lora_rank": 0, "precision": "float64"}
     run = Run(data=data, **options(base, "sfl", lora_ranks=(1, 3), **more))
     assert all(step.loss for step in run)
@@ -161,12 +163,13 @@ def test_ranks_per_client(base: str, tmp_path: Path) -> None:
         Run(data=data, **options(base, "sfl", lora_ranks=(0, 3), **more))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.long
 def test_ranks_on_other_machines(base: str, tmp_path: Path, masked: bool) -> None:
-    """As in a simulation on either engine. What a client exports has its rank, and peft computes the same with it. A
-    mask has the model cut in another way.
+    """Equal to a simulation with either engine. Exported adapters have the client's rank and work in peft.
+
+    With a mask, the model is cut by another method.
     """
     data: dict[str, Any] = rows(12)
     if masked:
@@ -205,7 +208,7 @@ def test_gradients_of_adapters_accumulate_on_every_engine(base: str, accumulate:
 
 @pytest.mark.parametrize("algorithm", [a if a == "sfl" else pytest.param(a, marks=pytest.mark.long) for a in EVERY])
 def test_engines_and_clients_of_a_deployment_agree(base: str, algorithm: str) -> None:
-    """Stacked within rounding, where clients are stacked; over frames in memory bit for bit. The base stays."""
+    """The stacked engine agrees up to rounding and the deployment bit for bit. The base does not change."""
     data, more = rows(10), {"validation": 0}
     local = Run(data=data, **options(base, algorithm, **more))
     losses = [step.loss for step in local]
@@ -231,8 +234,9 @@ def test_engines_and_clients_of_a_deployment_agree(base: str, algorithm: str) ->
 
 @pytest.mark.parametrize("algorithm", [a if a == "psl" else pytest.param(a, marks=pytest.mark.long) for a in CUT])
 def test_codecs_do_the_same_in_a_deployment(base: str, algorithm: str) -> None:
-    """Activations in int8 and the largest fifth of the gradients: over frames in memory bit for bit, with the same
-    bytes; and they do something.
+    """With int8 up and top-k down, the deployment equals the simulation bit for bit, with the same bytes.
+
+    The codecs change the losses and reduce the bytes.
     """
     data, more = rows(10), {"validation": 0, "up_codec": "int8", "down_codec": "top-k:0.2"}
     local = Run(data=data, **options(base, algorithm, **more))
@@ -252,7 +256,7 @@ def test_codecs_do_the_same_in_a_deployment(base: str, algorithm: str) -> None:
 
 @pytest.mark.long
 def test_two_ranks_are_one(base: str, tmp_path: Path) -> None:
-    """Adapters on two processes come to what they come to on one: clients are divided, the base is on both."""
+    """Two processes share the clients and each have the base. The results are those of one process."""
     made = rows(40)
     np.savez(tmp_path / "tokens.npz", **made)  # type: ignore[arg-type]
     more = {"data": str(tmp_path / "tokens.npz"), "partition": "iid", "precision": "float32", "validation": 0}
@@ -277,7 +281,7 @@ def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol
     ],
 )
 def test_all_clients_share_one_base(base: str, tmp_path: Path, algorithm: str, engine: str) -> None:
-    """Its storage is one, and so it is in what is kept of the run."""
+    """All clients share the storage of the base, in training and in the stored run."""
     run = Run(data=rows(20), out=tmp_path / "run", validation=0, **options(base, algorithm, clients=8, engine=engine))
     cohort = innermost(run)
     modules = [c.module for c in cohort._clients] if engine == "local" else [cohort._stack.module]
@@ -288,7 +292,7 @@ def test_all_clients_share_one_base(base: str, tmp_path: Path, algorithm: str, e
     assert len(places) == (8 if engine == "local" else 1)
     assert all(place == places[0] for place in places)
     run.run()
-    if engine == "stacked":  # the adapters of all, and one base
+    if engine == "stacked":  # stacked adapters of all clients, and one base
         stacked = {name: t.shape[0] for name, t in cohort._stack._moving().items()}
         assert set(stacked.values()) == {8}
         assert all("lora" in name for name in stacked)
@@ -299,7 +303,7 @@ def test_all_clients_share_one_base(base: str, tmp_path: Path, algorithm: str, e
 
 
 def test_a_base_in_bfloat16_computes_as_its_rounded_weights_would(base: str, tmp_path: Path) -> None:
-    """The same losses and adapters as with a base that was rounded before, in float32; with engines of every kind."""
+    """Losses and adapters are those of a float32 base with rounded weights, with both engines."""
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     with torch.no_grad():
         for p in model.parameters():
@@ -319,7 +323,7 @@ def test_a_base_in_bfloat16_computes_as_its_rounded_weights_would(base: str, tmp
         found[name] = (begun, losses, state, run)
     for name in ("half", "stacked"):
         begun, losses, state, run = found[name]
-        assert losses == pytest.approx(found["rounded"][1], abs=2e-3)  # adapters begin rounded
+        assert losses == pytest.approx(found["rounded"][1], abs=2e-3)  # adapters have rounded initial values
         frozen = {n: p for part in run.training.parts.all for n, p in part.named_parameters() if not p.requires_grad}
         kept = {n for n, p in frozen.items() if p.dtype == torch.bfloat16}
         assert kept == {n for n in frozen if "norm" not in n}

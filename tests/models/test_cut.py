@@ -1,4 +1,4 @@
-"""Cutting: the parts are the whole, at every cut, for the models that people have; what cannot be cut says why."""
+"""Cuts of common kinds of models: the parts equal the whole at every cut, and refusals give the reason."""
 
 import copy
 import io
@@ -26,11 +26,11 @@ ZOO_SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "resnet16": (1, 8, 8), "alexne
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 0, 0], [8, 9, 7, 0, 0, 0], [3, 2, 3, 8, 4, 6]])  # 0 is padding
 
 
-# Models as people write them
+# Models in the style of users
 
 
 class Block(nn.Module):
-    """A residual block with the in-place operations of torchvision's."""
+    """A residual block with in-place operations, as in torchvision."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -57,11 +57,11 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.pool(self.layer1(self.stem(x)))
-        return self.fc(z.view(x.size(0), -1))  # the raw input's size, read after the cut
+        return self.fc(z.view(x.size(0), -1))  # reads the size of the raw input after the cut
 
 
 class Dense(nn.Module):
-    """Every layer sees all earlier ones; functional dropout; group norm."""
+    """Each layer receives the outputs of all earlier ones. Has functional dropout and group norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Gpt(nn.Module):
 
 
 class Encoder(nn.Module):
-    """nn.TransformerEncoder with a class token and, if asked, a padding mask made from the token ids."""
+    """nn.TransformerEncoder with a class token and optionally a padding mask made from the token ids."""
 
     def __init__(self, padding: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Recurrent(nn.Module):
 
 
 class LastState(nn.Module):
-    """Its recurrent state, which crosses, has the batch in the second dimension."""
+    """The recurrent state crosses, with the batch in its second dimension."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class LastState(nn.Module):
 
 
 class ControlFlow(nn.Module):
-    """Chooses its way by a shape, or by the data."""
+    """A branch depends on a shape or on the data."""
 
     def __init__(self, by_data: bool) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class ControlFlow(nn.Module):
 
 
 class Norms(nn.Module):
-    """Weight and spectral norm; frozen parameters; a layer that is never used; a constant that is no state."""
+    """Weight norm, spectral norm, frozen parameters, an unused layer and a constant that is not in the state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,14 +283,14 @@ def by_data() -> nn.Module:
     return ControlFlow(by_data=True)
 
 
-# model, batches, where, how, how many tensors cross, a parameter that must be the client's and one that must not
+# model, batches, cut, method, number of tensors that cross, a parameter of the client, a parameter of the server
 USERS: list[tuple[Any, Any, str, str, int, str, str]] = [
-    (sequential, picture, "0", "fx", 1, "0.weight", "4.weight"),  # an in-place ReLU comes next
+    (sequential, picture, "0", "fx", 1, "0.weight", "4.weight"),  # followed by an in-place ReLU
     (sequential, picture, "2", "fx", 1, "0.weight", "4.weight"),
     (Residual, picture, "layer1", "fx", 1, "layer1.1.conv2.weight", "fc.weight"),
     (Residual, picture, "pool", "fx", 1, "layer1.1.conv2.weight", "fc.weight"),  # x.size(0) after the cut
     (Residual, picture, "layer1.0", "fx", 1, "layer1.0.bn2.weight", "layer1.1.conv1.weight"),
-    (Residual, picture, "layer1.0.bn1", "fx", 2, "layer1.0.bn1.weight", "layer1.0.conv2.weight"),  # in-place next
+    (Residual, picture, "layer1.0.bn1", "fx", 2, "layer1.0.bn1.weight", "layer1.0.conv2.weight"),  # in-place ReLU next
     (Residual, picture, "layer1.1.conv1", "fx", 2, "layer1.1.conv1.weight", "layer1.1.bn1.weight"),
     (Dense, picture, "c2", "fx", 2, "c2.weight", "c3.weight"),
     (Dense, picture, "c3", "fx", 3, "c3.weight", "norm.weight"),
@@ -318,11 +318,11 @@ USERS: list[tuple[Any, Any, str, str, int, str, str]] = [
 USER_NAMES = [f"{make.__name__}-{at}" for make, _, at, *_ in USERS]
 
 
-# What "the parts are the whole" means
+# The definition of equal parts
 
 
 def together(parts: Parts, x: Tensor) -> Tensor:
-    """The parts one after another."""
+    """The output of the parts, called one after another."""
     value: Any = x
     for part in parts.all:
         value = part(value)
@@ -330,7 +330,7 @@ def together(parts: Parts, x: Tensor) -> Tensor:
 
 
 def over_the_wire(parts: Parts, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-    """Logits, and what every part gave and received: rows that arrive have no history."""
+    """Logits, and what every part sent and received. Received rows have no autograd history."""
     given, received = [], []
     value: Any = x
     for part in parts.all[:-1]:
@@ -350,7 +350,7 @@ def gradients_of_parts(parts: Parts, x: Tensor) -> dict[str, Tensor | None]:
 
 
 def assert_whole(model: nn.Module, parts: Parts, x: Tensor, close: bool = False) -> None:
-    """Logits, gradients and buffers of the parts are the model's, in training and in evaluation. Uses copies."""
+    """Checks that logits, gradients and buffers equal the model's, in training and evaluation. Works on copies."""
     for training in (True, False):
         whole, pieces = copy.deepcopy(model).train(training), copy.deepcopy(parts)
         for part in pieces.all:
@@ -384,7 +384,7 @@ def parts_in_mode(parts: Parts, training: bool) -> Parts:
 
 
 def assert_partitioned(model: nn.Module, parts: Parts) -> None:
-    """Every name of the state belongs to exactly one part, with the model's value."""
+    """Checks that every name of the state belongs to exactly one part and has the model's value."""
     names = [name for part in parts.all for name in part.state_dict()]
     assert sorted(names) == sorted(model.state_dict())
     for part in parts.all:
@@ -518,12 +518,12 @@ def test_parts_survive_copies_conversions_and_checkpoints(index: int) -> None:
     make, batch, at, method, *_ = USERS[index]
     model = make()
     parts = cut(model, at, batch(4))
-    other = make()  # other weights
+    other = make()  # with other weights
     for part in parts.all:
         part.load_state_dict({name: other.state_dict()[name] for name in part.state_dict()})
     assert_whole(other, parts, batch(3))
     if method == "tape":
-        return  # its types are frozen
+        return  # a tape fixes types
     x = batch(3)
     doubled = copy.deepcopy(parts)
     for part in doubled.all:
@@ -587,20 +587,20 @@ def test_traced_parts_can_be_saved_whole() -> None:
 
 def test_a_part_does_not_write_to_what_it_receives() -> None:
     model = sequential()
-    parts = cut(model, "0", picture())  # an in-place ReLU comes next
+    parts = cut(model, "0", picture())  # followed by an in-place ReLU
     (rows,) = parts.client(picture())
     before = rows.clone()
     parts.server((rows,))
     assert torch.equal(rows, before)
 
 
-# Nothing of the user's is changed
+# The user's objects do not change
 
 
 def test_the_users_model_and_generators_are_left_alone() -> None:
     model = Residual()
     model(picture()).sum().backward()
-    model.layer1.eval()  # a mixed mode
+    model.layer1.eval()  # training and evaluation mode mixed
     state = copy.deepcopy(model.state_dict())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     modes = {name: m.training for name, m in model.named_modules()}
@@ -633,7 +633,7 @@ def test_a_cut_within_no_grad_is_the_same_cut() -> None:
     assert_whole(model, parts, picture(3))
 
 
-# What cannot be cut says why
+# Refusals and their reasons
 
 
 def refused(model: nn.Module, at: str | Sequence[str], example: Tensor) -> str:
@@ -681,7 +681,7 @@ def test_a_module_on_both_sides_cannot_be_untied() -> None:
 
 
 class ByLength(Gpt):
-    """Control flow on a shape keeps torch.fx away."""
+    """torch.fx cannot trace it, since a branch depends on a shape."""
 
     def forward(self, ids: Tensor) -> Tensor:
         if len(ids) > 100:
@@ -720,7 +720,7 @@ def test_tied_weights_in_a_run(algorithm: str, options: dict[str, Any]) -> None:
 
 
 class Generous(nn.Module):
-    """Its first layer returns more than is used, and one tensor twice."""
+    """Its first layer returns outputs that are not used, and one tensor twice."""
 
     class First(nn.Module):
         def __init__(self) -> None:
@@ -737,7 +737,7 @@ class Generous(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, (again, _), _ = self.first(x)
-        if x.shape[1] > 100:  # keeps torch.fx away
+        if x.shape[1] > 100:  # torch.fx cannot trace this
             return self.head(h)
         return self.head(self.second(h) + again)
 
@@ -751,7 +751,7 @@ def test_only_what_is_used_crosses_and_only_once() -> None:
 
 
 def test_positions_run_again_on_the_servers_side() -> None:
-    """A layer without parameters, called once, whose result all layers use."""
+    """All layers use the result of a layer without parameters that is called once."""
 
     class Rope(nn.Module):
         def forward(self, length: int) -> tuple[Tensor, Tensor]:
@@ -790,7 +790,7 @@ def test_a_refusal_comes_soon_and_on_one_line() -> None:
     example = ids()
     begin = time.monotonic()
     message = refused(model, "classifier", example)
-    assert time.monotonic() - begin < 10  # a second or two; machines are shared
+    assert time.monotonic() - begin < 10  # takes a second or two on an idle machine
     assert "\n" not in message
     assert len(message) < 800
 
@@ -847,11 +847,11 @@ def test_token_ids_do_not_cross_in_disguise() -> None:
 
 
 def test_a_mask_that_no_example_shows_is_still_noticed() -> None:
-    """The example has no padding, so that comparing outputs alone would miss the mask."""
+    """The example has no padding, so a comparison of outputs alone would not notice the mask."""
 
     class ByShape(Encoder):
         def forward(self, ids: Tensor) -> Tensor:
-            if ids.shape[1] > 100:  # keeps torch.fx away
+            if ids.shape[1] > 100:  # torch.fx cannot trace this
                 return self.head(self.embed(ids).mean(1))
             return super().forward(ids)
 
@@ -943,7 +943,7 @@ def test_an_example_of_the_wrong_shape() -> None:
 
 
 class Several(nn.Module):
-    """Returns more than logits."""
+    """Returns other things besides logits."""
 
     def __init__(self, give: Any) -> None:
         super().__init__()

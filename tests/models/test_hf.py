@@ -1,4 +1,4 @@
-"""Models from Hugging Face folders (`hf:PATH`): cut where they are whole, adapters on top of a base that stays."""
+"""Models from Hugging Face folders (`hf:PATH`): cuts, and adapters on a base that does not change."""
 
 import json
 import shutil
@@ -65,12 +65,12 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "tied"])
 def test_the_parts_are_the_model_with_padding_on_either_side(folders: dict[str, Path], name: str) -> None:
-    """Logits and the gradients of all adapters, in training (with dropout) and in evaluation."""
+    """Logits and the gradients of all adapters, in training with dropout and in evaluation."""
     options = {"lora_rank": 2, "lora_dropout": 0.2, "lora_targets": ("all-linear",)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(f"hf:{folders[name]}", (LENGTH,), 3, at=("1",), **options)
-        for p in adapters(model).values():  # the second factor begins with zeros
+        for p in adapters(model).values():  # LoRA's second factor is initialised with zeros
             nn.init.normal_(p, std=0.3)
         parts = cut(model, "1", batch("none"))
     held = {n: p for part in parts.all for n, p in part.named_parameters()}
@@ -95,9 +95,7 @@ def test_the_parts_are_the_model_with_padding_on_either_side(folders: dict[str, 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_a_base_in_bfloat16_is_near_the_one_in_float32(folders: dict[str, Path], name: str) -> None:
-    """GPT-2's layers have their weights the other way round; BERT has a head that is trained, and embeddings of more
-    than words.
-    """
+    """Covers GPT-2, with transposed weights, and BERT, with a trained head and embeddings of more than words."""
     x, logits = batch("right"), []
     for precision in ("float32", "bfloat16"):
         with torch.random.fork_rng():
@@ -137,7 +135,7 @@ def test_engines_agree_and_only_adapters_move(folders: dict[str, Path], name: st
     trained = build(f"hf:{folders[name]}", (LENGTH,), 3, at=("1",), lora_rank=2)
     block = blocks_of(trained)[0]
     size = sum(p.nbytes for n, p in adapters(trained).items() if n.startswith(f"{block}."))
-    assert moved == [3 * 2 * size] * 2  # three clients, two averages: adapters of the first block, and nothing else
+    assert moved == [3 * 2 * size] * 2  # three clients, two averagings, only the adapters of the first block
     for weight, value in base.state_dict().items():
         place, _, leaf = weight.rpartition(".")
         kept = states[0].get(f"{place}.base_layer.{leaf}", states[0].get(weight))
@@ -262,14 +260,14 @@ def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plugins.load("model", "hf")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads this attribute
 @pytest.mark.parametrize(
     "name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.long) for n in ("gpt2", "tied"))]
 )
 def test_an_exported_adapter_does_on_the_uncut_base_what_the_parts_did(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    """By peft itself, which knows nothing of the cut."""
+    """The exported adapter is loaded by peft, which knows nothing of the cut."""
     from peft import PeftModel
 
     more: dict[str, Any] = {"untie": True} if name == "tied" else {}

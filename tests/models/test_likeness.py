@@ -1,4 +1,4 @@
-"""Modules with the same key compute alike, and what was found out about one is not found out again."""
+"""Modules with the same key compute alike, so what was proved for one is not proved again for another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cutlayer import CutError
 from cutlayer.models import build, cut
 from cutlayer.models.likeness import Established, likeness
 
-CUT = importlib.import_module("cutlayer.models.cut")  # the name is the function's
+CUT = importlib.import_module("cutlayer.models.cut")  # importing the name gives the function
 
 
 def net(**options: Any) -> nn.Sequential:
@@ -30,7 +30,7 @@ def changed(change: Callable[[nn.Sequential], object]) -> nn.Sequential:
 
 
 class Own(nn.Linear):
-    """Anything may be in its forward pass."""
+    """A subclass, whose forward pass could do anything."""
 
 
 def test_other_values_of_parameters_are_alike() -> None:
@@ -82,7 +82,7 @@ def test_no_key_for_what_it_cannot_hold(unknown: nn.Module) -> None:
 
 
 def test_a_cut_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut again, the parts are those of the new model; at another place and for an own class there is a new proof."""
+    """A repeated cut gives the parts of the new model. Another cut or a class of one's own needs a new proof."""
     proofs: list[int] = []
     prove = CUT.prove
     monkeypatch.setattr(CUT, "_MOULDS", Established())
@@ -115,7 +115,7 @@ def test_a_refusal_is_found_out_each_time() -> None:
 
 def test_the_oldest_is_forgotten() -> None:
     known = Established()
-    assert [known.of(i % 600, lambda i=i: i) for i in range(601)][-1] == 600  # 0 was forgotten
+    assert [known.of(i % 600, lambda i=i: i) for i in range(601)][-1] == 600  # 0 was dropped
     assert known.of(599, lambda: -1) == 599
     assert len(known) == 512
     assert known.of(None, lambda: 1) == 1

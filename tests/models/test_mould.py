@@ -1,4 +1,4 @@
-"""Parts that come out of a mould are those that a cut of the model gives, and the mould holds no values."""
+"""Parts made from a mould equal those of a cut of the same model, and the mould holds no values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cutlayer.models.likeness import Established
 from cutlayer.models.mould import Mould
 from cutlayer.models.parts import Parts, state_names
 
-CUT = importlib.import_module("cutlayer.models.cut")  # the name is the function's
+CUT = importlib.import_module("cutlayer.models.cut")  # importing the name gives the function
 
 
 def net() -> nn.Sequential:
@@ -68,7 +68,7 @@ def test_what_parts_share_they_share_among_themselves_alone() -> None:
 
 
 class Scaled(nn.Module):
-    """Has a constant that is no part of its state."""
+    """Has a constant that is not part of its state."""
 
     def __init__(self) -> None:
         super().__init__()

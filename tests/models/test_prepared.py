@@ -1,4 +1,4 @@
-"""Models that must be prepared before they are cut: compiled, lazy, scripted, with results in their attributes."""
+"""Models that need preparation before a cut: compiled, lazy and scripted ones, and those with results in attributes."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same results with less saved, on every engine, for both ways in which parts run."""
+"""Gradient checkpointing: equal results with less saved memory, for all engines and both ways to run parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEATURES, BLOCKS = 6, 4
 
 
 class Block(nn.Module):
-    """Saves more than its input."""
+    """A block that saves more than its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Traced(nn.Module):
-    """Blocks of a model that torch.fx traces."""
+    """A model with blocks that torch.fx can trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Traced(nn.Module):
 
 
 class Replayed(Traced):
-    """Blocks of a model that it cannot trace."""
+    """A model with blocks that torch.fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.isnan().any():
@@ -98,7 +98,7 @@ def trained(kind: str, algorithm: str, engine: str, **more: Any) -> tuple[list[f
 )
 @pytest.mark.filterwarnings("ignore:.*runs on the local engine")
 def test_results_are_the_same(kind: str, algorithm: str, engine: str, sides: str) -> None:
-    """With dropout, whose masks are drawn again; bit for bit where the same operations run."""
+    """Dropout draws the same masks again. Results are equal bit for bit if the same operations run."""
     plain = trained(kind, algorithm, engine)
     again = trained(kind, algorithm, engine, gradient_checkpointing=sides)
     if engine == "local":
@@ -111,7 +111,7 @@ def test_results_are_the_same(kind: str, algorithm: str, engine: str, sides: str
 
 @pytest.mark.parametrize("sides", ["server", "both"])
 def test_sides_of_a_deployment(sides: str) -> None:
-    """Each side has its own file; here both have the same."""
+    """Each side of a deployment has its own file. In this test, both have the same options."""
     torch.manual_seed(0)
     model = Traced()
     local = Run(model=model, data=data(), **options("sfl"))
@@ -124,7 +124,7 @@ def test_sides_of_a_deployment(sides: str) -> None:
 
 
 def saved(part: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Bytes that a forward pass of the part saves without its parameters, and the number of its saved tensors."""
+    """The bytes that a forward pass of the part saves, without its parameters, and the number of saved tensors."""
     seen, alive, sizes = {storage_of(p) for p in part.parameters()}, [], []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -141,19 +141,19 @@ def saved(part: nn.Module, x: Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_less_is_saved_as_planned(kind: str) -> None:
-    """A block keeps its input alone. What a plan says is what a forward pass saves."""
+    """A block keeps only its input, and a forward pass saves as much as the plan says."""
     torch.manual_seed(0)
     model, x = KINDS[kind](), torch.randn(5, FEATURES)
     parts = cut(model, "2", x)
     assert parts.method == kind
     before = saved(parts.client, x)
     again = recompute(one_depth("2", replace(parts, likeness="known"), 1), model, "client")
-    assert again.deepest.parts.likeness is None  # it computes more than others
+    assert again.deepest.parts.likeness is None  # the new part computes more than its likes
     after = saved(parts.client, x)
     found = planned()
     assert before[0] == found.client.saved(5)
     assert after[0] == found.client.held + 5 * found.client.held_per_row
-    # The block under way adds what it saves by itself: of the wide layer, what relu gave; and a mask.
+    # The block in progress adds its own saved tensors: relu's output in the wide layer, and a mask.
     assert found.client.saved(5, checkpointed=True) - after[0] == (before[0] - after[0]) // 2
     assert after[0] < before[0] / 2
     assert after[1] < before[1]
@@ -204,7 +204,7 @@ def assert_the_model(parts: Parts, model: nn.Module, x: Tensor) -> None:
 
 
 class Straight(Replayed):
-    """Blocks without a path around their layers, so that a cut can lie in one."""
+    """Blocks without skip connections, so a block can be cut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ def test_a_block_with_a_cut_in_it_is_computed_once(at: str, counts: list[int]) -
 
 
 def test_a_copy_of_a_part_computes_again_with_its_own_weights() -> None:
-    """Also if the weights have been replaced between the passes, as stacked copies are."""
+    """The weights are replaced between the passes, as stacked copies do."""
     import copy
 
     torch.manual_seed(0)
@@ -270,7 +270,7 @@ def test_bad_input(model: Any, algorithm: str, sides: str, words: str) -> None:
 
 
 def test_what_is_computed_again_is_counted() -> None:
-    """The FLOPs of a step are those without, and one more forward pass of the blocks."""
+    """Checkpointing adds the FLOPs of one more forward pass of the blocks."""
     machines = {"client_device": "raspberry-pi-4", "link": "lte"}
     plain, again = (
         Run(model=Traced(), data=data(), **options("fl", rounds=1, gradient_checkpointing=sides), **machines).run()

@@ -1,4 +1,4 @@
-"""The tape: what it follows that torch.fx does not, what it refuses, and that a sweep of architectures is cut."""
+"""The tape: models that it can follow and torch.fx cannot, refusals, and cuts of many architectures."""
 
 import copy
 import importlib.util
@@ -23,7 +23,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def _load(name: str) -> Any:
-    """A script of the folder of benchmarks."""
+    """A module of the folder of benchmarks."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         assert spec is not None
@@ -38,7 +38,7 @@ SWEEP = _load("cuts")
 
 
 def by_tape(model: nn.Module, at: str, example: Any) -> Parts:
-    """Cut with the tape alone. Raises CannotCutError."""
+    """A cut that uses only the tape. Raises CannotCutError."""
     with _undisturbed():
         return _cut(model, (at,), Arguments.of(example), (("tape", split_by_tape),))
 
@@ -48,7 +48,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-# The sweep
+# Many architectures
 
 
 REPRESENTATIVE = [
@@ -84,7 +84,7 @@ def test_nearly_all_architectures_are_cut() -> None:
     assert len(refused) <= len(found) / 10, refused
 
 
-# What crosses
+# What crosses the cut
 
 
 def test_positions_are_computed_again_and_one_tensor_crosses() -> None:
@@ -94,7 +94,7 @@ def test_positions_are_computed_again_and_one_tensor_crosses() -> None:
 
 
 class Masked(nn.Module):
-    """Two attention layers that use one mask, which is made from an argument."""
+    """Two attention layers share one mask, which is made from an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_positional_arguments() -> None:
 
 
 class Biased(nn.Module):
-    """Attention whose bias, one for all rows, is made of a parameter before the first layer (as T5's)."""
+    """Attention with one bias for all rows, computed from a parameter before the first layer, as in T5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_what_all_rows_share_crosses_with_every_row() -> None:
     torch.testing.assert_close(parts.server(both), alone)
 
 
-# What it follows
+# What the tape follows
 
 
 class Doubling(torch.autograd.Function):
@@ -189,11 +189,11 @@ class Doubling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 3  # not the derivative: who follows the inside gets another one
+        return gradient * 3  # deliberately not the derivative, to notice a tape that records the inside of the function
 
 
 class Odd(nn.Module):
-    """Slices by a size, a frozen passage, an autograd.Function, an in-place sum, a result picked from several."""
+    """A view by a size, a passage without gradients, an autograd.Function, an in-place sum and one of two results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def test_types_follow_the_model() -> None:
     assert torch.equal(parts.server(parts.client(ids)), model.double()(ids))
 
 
-# What it refuses
+# What the tape refuses
 
 
 @pytest.mark.parametrize(

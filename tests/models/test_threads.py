@@ -29,7 +29,7 @@ CONFIG = RunConfig.of(
 
 @pytest.fixture(autouse=True)
 def _restless() -> Iterator[None]:
-    """Threads take turns as often as they can."""
+    """Lets Python switch threads as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -37,7 +37,7 @@ def _restless() -> Iterator[None]:
 
 
 def at_once(*functions: Callable[[], Any]) -> list[Any]:
-    """What the functions give, each in a thread of its own, or the errors that end them."""
+    """The results of the functions, each called in its own thread, or the errors that they raised."""
     found: list[Any] = [None] * len(functions)
     together = threading.Barrier(len(functions))
 
@@ -61,7 +61,7 @@ def weights(client: int) -> dict[str, Tensor]:
 
 
 def test_clients_are_built_at_once() -> None:
-    """With the weights that each gets alone."""
+    """Each client gets the same weights as if it were built alone."""
     alone = [weights(k) for k in range(3)]
     for found, expected in zip(at_once(*(lambda k=k: weights(k) for k in range(3))), alone, strict=True):  # type: ignore[misc]
         assert isinstance(found, dict), found
@@ -69,7 +69,7 @@ def test_clients_are_built_at_once() -> None:
 
 
 def test_a_model_runs_while_another_is_cut() -> None:
-    """torch.fx changes how all modules are called while it traces: a model in another thread is not to notice."""
+    """torch.fx changes how all modules are called while it traces. A model in another thread must not notice."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(3, 4)
     expected = model(x)
     over = threading.Event()

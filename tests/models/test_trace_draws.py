@@ -1,4 +1,4 @@
-"""Whether a part may draw random numbers is known from its operations, and never denied wrongly."""
+"""Operations tell whether a part may draw random numbers. Wrongly assuming none never happens."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cutlayer.models import cut
 
 
 class ByHand(nn.Module):
-    """Draws in its own forward pass."""
+    """Draws random numbers in its own forward pass."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def draws(layer: nn.Module, shape: tuple[int, ...] = (3, 6)) -> bool:
         ByHand("functional"),
         ByHand("method"),
         ByHand("function"),
-        nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),  # not one of torch's own layers any more
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),  # a parametrised layer is a new class
     ],
 )
 def test_what_may_draw_is_seeded(layer: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Starting weights: read without running code, checked by name and shape, and in every seed and client of a run."""
+"""Initial weights from a file: read without running code, checked by name and shape, used in every seed and client."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def started(**options: Any) -> Run:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
-    """Those of an mlp, in files of every kind."""
+    """The weights of an mlp, written to files of each kind."""
     torch.manual_seed(3)
     state = mlp().state_dict()
     save_file(state, tmp_path / "w.safetensors")
@@ -42,7 +42,7 @@ def test_a_run_starts_from_them(weights: dict[str, torch.Tensor], file: str, sta
 
 
 def test_part_of_a_model(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """A backbone: what fits by name and shape is taken, and it is said what is not."""
+    """A backbone: weights that fit by name and shape are used, and the warning names the others."""
     backbone = {"0.weight": weights["0.weight"], "0.bias": weights["0.bias"], "4.weight": torch.zeros(9, 8)}
     save_file(backbone, tmp_path / "b.safetensors")
     path = str(tmp_path / "b.safetensors")
@@ -53,7 +53,7 @@ def test_part_of_a_model(weights: dict[str, torch.Tensor], tmp_path: Path) -> No
     ):
         run = started(weights=path, weights_strict=False)
     assert difference(client_state(run), {k: v for k, v in backbone.items() if k.startswith("0")}) == 0
-    assert difference(server_state(run), server_state(started())) == 0  # the rest starts as before
+    assert difference(server_state(run), server_state(started())) == 0  # other parts start as they do without weights
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_weights_of_another_model(weights: dict[str, torch.Tensor], change: Any,
 
 
 class Evil:
-    """Unpickling it would run code."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (exec, ("raise SystemExit(9)",))
@@ -133,7 +133,7 @@ def test_a_module_is_made_anew_for_every_seed() -> None:
 
 
 class Scaled(nn.Module):
-    """A layer that cannot draw its own weights."""
+    """A layer that cannot initialise its own weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,5 +167,5 @@ def test_attention_draws_its_weights() -> None:
         assert make is not None
         torch.manual_seed(1)
         made = make()
-    assert not made.self_attn.out_proj.bias.any()  # as attention draws them
+    assert not made.self_attn.out_proj.bias.any()  # as attention initialises them
     assert difference(made.state_dict(), layer.state_dict()) > 0.01

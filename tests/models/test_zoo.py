@@ -1,4 +1,4 @@
-"""The zoo: shapes, names, the paper's figures, and what its models refuse."""
+"""The zoo: shapes, names, the paper's figures, and inputs that its models refuse."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def test_resnet16_is_cut_where_the_paper_cuts_it() -> None:
     model = build("resnet16", (1, 28, 28), 10)
     parts = cut(model, ZOO["resnet16"].facts["default_cut"], torch.randn(2, 1, 28, 28))
     assert parts.crossing[0].shape == (32, 16, 16)
-    # 16 layers as the paper counts them: the stem, two convolutions in each of seven blocks, and the last linear layer.
+    # The paper counts 16 layers: the stem, two convolutions in each of seven blocks, and the last linear layer.
     spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(spatial) + 1 == 16
     client = [m for m in parts.client.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
@@ -62,13 +62,13 @@ def test_resnet16_prepares_pictures_as_the_paper_does() -> None:
     prepared = Prepare()(x := torch.randn(2, 1, 32, 32))
     assert prepared.shape == (2, 3, 32, 32)
     for channel in range(3):
-        assert torch.equal(prepared[:, channel], x[:, 0])  # resizing to the same size changes nothing
+        assert torch.equal(prepared[:, channel], x[:, 0])  # resizing to the same size has no effect
     colour = torch.randn(2, 3, 32, 32)
     assert torch.equal(Prepare()(colour), colour)
 
 
 def test_alexnets_client_does_5_27_percent_of_the_work() -> None:
-    """Table 4: the client's share; what is saved against training the whole model is 94.7 %."""
+    """Table 4: the client's share of the work. The saving compared with training the whole model is 94.7%."""
     client = 28 * 28 * 64 * (1 * 5 * 5)
     rest = (
         14 * 14 * 64 * (64 * 3 * 3)
@@ -118,7 +118,7 @@ def test_what_a_model_cannot_take_is_refused_with_the_remedy(
         assert word in str(error.value)
 
 
-# --- of the user's own -------------------------------------------------------------------------------------------
+# --- models of the user's own --------------------------------------------------------------------------------
 
 OWN = """
 import math
@@ -179,7 +179,7 @@ def number():
 
 @pytest.fixture
 def own(tmp_path: Path) -> str:
-    """The file of the user's own models."""
+    """A file with the user's own models."""
     (tmp_path / "beside.py").write_text("WIDTH = 12\n")
     (tmp_path / "nets.py").write_text(OWN)
     return str(tmp_path / "nets.py")
@@ -247,7 +247,7 @@ def test_a_model_that_needs_values_cannot_be_planned(own: str) -> None:
 
 
 def test_a_run_trains_a_model_of_ones_own(own: str) -> None:
-    """By reference, with its own cut or one that is named, and as a function that takes what it needs."""
+    """A model by reference, with its own cut or a named one, and a function that takes the arguments that it needs."""
     options: dict[str, Any] = {"rounds": 1, "clients": 2, "samples_per_client": 16, "algorithm": "psl"}
     by_reference = Run(model=f"{own}:registered", **options).run()
     assert by_reference.test_score == Run(model=f"{own}:registered", cut="0", **options).run().test_score
