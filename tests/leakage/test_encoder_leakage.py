@@ -1,4 +1,4 @@
-"""Texts behind a BERT-like classifier: from the folder of texts to the tokens that a server reads, by commands."""
+"""Labelled texts and a BERT-like classifier: from a file of texts to the tokens that a server recovers, by commands."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu") for
 
 
 def text(row: int) -> str:
-    """Three to nine words; the first words of the vocabulary are common."""
+    """Three to nine words. The first words of the vocabulary are common."""
     generator = torch.Generator().manual_seed(row)
     length = int(torch.randint(3, 10, (1,), generator=generator))
     return " ".join(WORDS[int(k)] for k in torch.randint(0, len(WORDS), (2, length), generator=generator).amin(0))
 
 
 def folder_of_model(place: Path) -> None:
-    """A small BERT with weights, and a tokenizer of whole words."""
+    """A small BERT with weights, and a tokenizer for whole words."""
     known = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -38,8 +38,9 @@ def folder_of_model(place: Path) -> None:
 
 @pytest.mark.long
 def test_words_of_labelled_texts_are_read_behind_an_encoder(tmp_path: Path) -> None:
-    """After the embedding by the nearest one, though each word has its position added; and nearly all of them after a
-    block, which mixes all words. Behind it words cannot be looked for in turn. Filling counts nowhere.
+    """After the embedding, all words are recovered; after a block, which mixes words, more than 90% are.
+
+    A search token by token is not possible after the block. Padding is not counted.
     """
     folder_of_model(tmp_path / "bert")
     rows = [{"text": text(k), "label": "yes" if "kan" in text(k) else "no"} for k in range(240)]

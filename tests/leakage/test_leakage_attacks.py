@@ -48,7 +48,7 @@ def shallow() -> tuple[nn.Module, nn.Module]:
 
 
 def noisy(sigma: float):
-    """Adds Gaussian noise to smashed data."""
+    """A function that adds Gaussian noise to smashed data."""
     return lambda rows: rows + sigma * torch.randn_like(rows)
 
 
@@ -84,7 +84,7 @@ def test_overwhelming_noise_leaves_the_mean_picture():
         z = defended(own.x)
     report = reconstruct(own.x, z, own.y, auxiliary, client=defended, budget=BUDGET).report
     assert abs(report.explained) < 0.05
-    assert report.nearest.mse > report.mean_input.mse  # the nearest neighbour is then a random one
+    assert report.nearest.mse > report.mean_input.mse  # the nearest neighbour is random
     assert report.attack.accuracy < 0.25
 
 
@@ -133,7 +133,7 @@ def test_structural_similarity():
 
 
 def test_rare_labels_show_in_the_norm_of_cut_gradients():
-    """Two classes, 5 % positive: a trained model's gradients of positives are larger (Li et al., section 3.1)."""
+    """Two classes, 5% positive: after training, gradients of positives are larger (Li et al., section 3.1)."""
     draw = torch.Generator().manual_seed(0)
     y = (torch.rand(2000, generator=draw) < 0.05).long()
     x = torch.randn(2000, 10, generator=draw) + 0.5 * y[:, None]
@@ -161,7 +161,7 @@ def test_rare_labels_show_in_the_norm_of_cut_gradients():
 
 @functools.cache
 def hijacked_and_honest() -> tuple[Hijack, nn.Module, Watch, Watch]:
-    """400 steps of a client under a hijacking server, and of an equal client under an honest one, each watched."""
+    """Clients after 400 steps under a hijacking and an honest server, with equal starts, and their watches."""
     auxiliary, own = digits()
     attacker, watches = Hijack(auxiliary, (8, 4, 4), ahead=0, critic_steps=1), (Watch(), Watch())
     clients = []

@@ -1,4 +1,4 @@
-"""Differential privacy: closed forms, published values, the library's accountants, and what cannot be had."""
+"""Differential privacy: closed forms, published values, the library's accountants, and impossible requests."""
 
 import math
 
@@ -9,15 +9,15 @@ from cutlayer.errors import ConfigError
 
 
 def test_sampled_gaussian_gives_the_published_values():
-    """sigma = 1.1, q = .01, 1000 steps, delta = 1e-5: 1.7118 by Renyi orders, 1.5154 by loss distributions."""
+    """sigma = 1.1, q = 0.01, 1000 steps, delta = 1e-5: 1.7118 by Renyi orders, 1.5154 by loss distributions."""
     found = dp.sampled_gaussian(1.1, 0.01, 1000, 1e-5)
     assert found.rdp == pytest.approx(1.7118, abs=1e-4)
-    assert 1.5154 <= found.prv <= 1.5154 + 0.011  # an upper bound with an error of .01
+    assert 1.5154 <= found.prv <= 1.5154 + 0.011  # an upper bound with an error of 0.01
 
 
 @pytest.mark.parametrize(("multiplier", "epochs"), [(1.1, 1), (5.0, 10), (20.0, 50)])
 def test_the_exact_epsilon_lies_just_below_the_accountants(multiplier, epochs):
-    """Without sampling the sampled Gaussian mechanism is the plain one."""
+    """Without sampling, the sampled Gaussian mechanism is the Gaussian mechanism."""
     exact = dp.gaussian(multiplier * 2 * 3.0, 3.0, epochs, 1e-5).epsilon
     bounds = dp.sampled_gaussian(multiplier, 1.0, epochs, 1e-5)
     assert exact < bounds.prv < exact + 0.011

@@ -1,4 +1,4 @@
-"""Mutual and usable information against closed forms, in dimensions where the estimators can be held to them."""
+"""Mutual and usable information compared with closed forms, in dimensions that the estimators can handle."""
 
 import math
 
@@ -14,7 +14,7 @@ METHODS = ("ksg", "infonce", "smile", "mine")
 
 
 def gaussians(n: int, d: int, rho: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Pairs correlated one to one, and their information."""
+    """Pairs whose dimensions are correlated one to one, and their mutual information."""
     draw = torch.Generator().manual_seed(seed)
     a = torch.randn(n, d, generator=draw)
     b = rho * a + math.sqrt(1 - rho**2) * torch.randn(n, d, generator=draw)
@@ -56,7 +56,7 @@ def test_infonce_cannot_read_more_than_its_cap():
 
 
 def test_projections_read_no_more_than_the_whole():
-    """Data processing: random 1-dimensional slices < canonical pair < all five."""
+    """The data processing inequality: random 1-dimensional slices < canonical pair < all five dimensions."""
     a, b, truth = gaussians(2000, 5, 0.8)
     slices = mutual.estimate(a, b, method="ksg", view="random", k=1, slices=10)
     pair = mutual.estimate(a, b, method="ksg", view="cca", k=1)
@@ -66,7 +66,7 @@ def test_projections_read_no_more_than_the_whole():
 
 
 def test_more_noise_reads_less_in_expectation():
-    """Data processing along x - z - z + noise, the mean over seeds."""
+    """The data processing inequality for x - z - z + noise, in the mean over seeds."""
     readings = []
     for noise in (0.0, 0.7, 2.0):
         total = 0.0
@@ -84,7 +84,7 @@ def test_many_raw_dimensions_carry_a_warning_and_calibration_shows_why():
     assert "calibration.calibrate" in mutual.estimate(a, b, method="ksg", view="raw").warning
     found = calibration.calibrate("ksg", mutual.reader("ksg", "raw"), a, b, levels=(6.0,))
     assert not found.reliable
-    assert found.error > 3  # reads next to nothing where the truth is 6 nats
+    assert found.error > 3  # the estimate is almost 0 for 6 nats
     assert "where the truth is 6.00 nats" in str(found)
 
 
@@ -96,7 +96,7 @@ def test_the_gaussian_channel_is_exact_for_gaussians():
     f = torch.randn(20_000, 4, generator=draw) * torch.tensor([0.5, 1.0, 2.0, 4.0])
     truth = sum(0.5 * math.log(1 + s**2 / 0.25) for s in (0.5, 1, 2, 4))
     assert mutual.gaussian_channel(f, 0.5).nats == pytest.approx(truth, rel=0.01)
-    four = mutual.gaussian_channel(f, 1.0, releases=4)  # four looks at deviation 1 are one at 1/2
+    four = mutual.gaussian_channel(f, 1.0, releases=4)  # four releases at deviation 1 equal one at 1/2
     assert four.nats == pytest.approx(mutual.gaussian_channel(f, 0.5).nats)
 
 
@@ -166,7 +166,7 @@ def test_usable_information_falls_with_noise():
 
 @pytest.mark.long
 def test_known_answers_have_the_information_they_claim():
-    """The samples' own canonical correlations give the truth back, where there are many samples of few dimensions."""
+    """With many samples of few dimensions, canonical correlations of the samples give the known information."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, 3, generator=draw) @ torch.randn(3, 3, generator=draw)
     for a, b, truth in (calibration.pairs(20_000, 3, 2, 1.5), calibration.channel(x, 4, 2.5)):
@@ -199,7 +199,7 @@ def test_two_runs_are_ranked_only_beyond_the_error():
 
 
 def test_dependence_of_independent_data():
-    """The biased distance correlation reads high on independent data of many dimensions; the unbiased one does not."""
+    """For independent data of many dimensions, the biased distance correlation is large and the unbiased one is not."""
     draw = torch.Generator().manual_seed(0)
     x, z = torch.randn(300, 64, generator=draw), torch.randn(300, 64, generator=draw)
     nothing, all_of_it = dependence(x, z), dependence(x, 3 * x + 1)

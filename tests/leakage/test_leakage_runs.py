@@ -1,4 +1,4 @@
-"""From a trained run to what it leaks: subjects, the battery, the command, the reproduction's tables."""
+"""From a trained run to what it leaks: subjects, all measurements, the command and the reproduction's tables."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_subject_is_what_the_run_left(tmp_path: Path) -> None:
         assert all(tuple(x.flatten().tolist()) in own for x in s.samples.x)
         held = {tuple(x.flatten().tolist()) for x in s.auxiliary.x}
         everyone = {tuple(x.flatten().tolist()) for x in train.x}
-        assert len(held & everyone) < 3  # digits has a few pictures twice
+        assert len(held & everyone) < 3  # digits contains a few pictures twice
         state = run.training.clients.model_state(s.name)
         lower = run.training.parts.client
         lower.load_state_dict({n: t for n, t in state.items() if n in lower.state_dict()})
@@ -84,7 +84,7 @@ def test_a_subject_is_what_the_run_left(tmp_path: Path) -> None:
 def test_what_is_sent_is_defended(tmp_path: Path) -> None:
     s = subject(tmp_path, clip=2.0, gaussian_noise=0.5, up_codec="int8")
     again = s.client(s.samples.x)
-    assert not torch.equal(again, s.z)  # noise is new each time
+    assert not torch.equal(again, s.z)  # each call draws new noise
     noise = s.z - s.bare(s.samples.x)
     assert float(noise.std()) > 0.5
     assert s.statement is not None
@@ -96,7 +96,7 @@ def test_what_is_sent_is_defended(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_battery(tmp_path: Path) -> None:
-    """Undefended against drowned in noise: the attack, the information and the tables tell."""
+    """Attack, information and tables distinguish an undefended run from one with strong noise."""
     bare = examine(subject(tmp_path / "bare"), Asked(("model", "smashed"), ("ksg",)))
     drowned = examine(subject(tmp_path / "drowned", clip=1.0, gaussian_noise=30.0), Asked(("model",), ("ksg",)))
     a, b = bare.finding, drowned.finding
@@ -121,7 +121,7 @@ def test_the_battery(tmp_path: Path) -> None:
 
 
 def test_raw_tensors_are_flagged(tmp_path: Path) -> None:
-    """More dimensions than an estimator can read: the report says so, beside readings of known answers."""
+    """If there are too many dimensions for an estimator, the report says so and shows estimates of known answers."""
     s = subject(tmp_path, model="mlp", cut="hidden1")
     finding = examine(s, Asked(("model",), ("ksg",), view="raw")).finding
     (one,) = finding.estimates
@@ -132,7 +132,7 @@ def test_raw_tensors_are_flagged(tmp_path: Path) -> None:
 
 
 def test_labels_that_stay_private(tmp_path: Path) -> None:
-    """In the U-shaped split labels do not go up, but gradients do."""
+    """In the U-shaped split, labels stay with the client, but gradients leak them."""
     s = subject(tmp_path, algorithm="ussl", model="mlp", cut="hidden1", tail_cut="hidden2")
     labels = examine(s, Asked(("model",), ())).finding.labels
     assert labels is not None
@@ -178,7 +178,7 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
     assert len(one.auxiliary) == 1000
     with pytest.raises(DataError, match="on 60 samples, too few for infonce and ksg: they take 100"):
         check(one, Asked(("model",), ("usable", "infonce", "ksg")))
-    check(one, Asked(("model",), ("usable",)))  # which is then left out, with a note
+    check(one, Asked(("model",), ("usable",)))  # left out later, with a note
     config = (run / "config.toml").read_text()
     (run / "config.toml").write_text(config.replace("seed = 0", "seed = 1"))
     with pytest.raises(RunFolderError, match="was trained on other data"):
@@ -192,7 +192,7 @@ def test_what_cannot_be_examined(tmp_path: Path) -> None:
 
 
 def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
-    """One cell of it for real: trained, attacked, in the tables; what is not done is a dash."""
+    """One cell of the reproduction is trained and attacked. Its results are in the tables; the others have a dash."""
     from cutlayer.reproduce.train import train
 
     study = Study(SIZES["smoke"], "digits")
@@ -205,7 +205,7 @@ def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
     (folder / EXAMINED).unlink()
     assert is_trained(folder)
     assert not is_done(tmp_path, one, 0)
-    assert list(train(tmp_path, [(one, 0)], 1)) == [(one, 0)]  # trained already: only attacked
+    assert list(train(tmp_path, [(one, 0)], 1)) == [(one, 0)]  # already trained, so it is only attacked
     outcomes = Outcomes(study, tmp_path, [])
     outcomes.cells = {one.name: one}
     from cutlayer.reproduce.outcomes import read
@@ -220,7 +220,7 @@ def test_the_reproductions_cells_are_examined(tmp_path: Path) -> None:
 
 
 def test_without_its_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Before anything is trained or attacked."""
+    """The error is raised before anything is trained or attacked."""
     monkeypatch.setattr(leakage, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs dcor: install the extra, pip install 'cutlayer\[leakage\]'"):
         leakage.check_installed()
@@ -247,7 +247,7 @@ def _scores(watched: Sequence[Watched]) -> list[float]:
 
 @pytest.mark.long
 def test_an_active_server(tmp_path: Path) -> None:
-    """Under hijackers that ignore and that know labels, beside an honest server; the run's folder is left alone."""
+    """Hijackers with and without labels are compared with an honest server. The run's folder does not change."""
     run = trained(tmp_path / "run", rounds=8, cut="hidden")
     before = (run / CHECKPOINT).read_bytes()
     (moment,) = moments(run)
@@ -262,12 +262,12 @@ def test_an_active_server(tmp_path: Path) -> None:
     assert (plain.labelled, labelled.labelled, plain.samples, plain.auxiliary, plain.rounds) == (0, 1, 100, 300, 8)
     assert plain.honest == labelled.honest
     honest, ignoring, knowing = (_scores(w) for w in (plain.honest, plain.hijacked, labelled.hijacked))
-    # Over three seeds, and by the processor's vector instructions: 0.96 to 1.00 under an honest server, 0.57 to 0.67
-    # under one that ignores labels (means 0.60 to 0.64), 0.74 to 0.92 under one that knows them.
+    # Over three seeds and all vector instruction sets: 0.96 to 1.00 under an honest server, 0.57 to 0.67 under one that
+    # ignores labels (means 0.60 to 0.64), 0.74 to 0.92 under one that knows them.
     assert min(honest) > 0.8
     assert all(a - b > 0.15 for a, b in zip(honest, ignoring, strict=True))
     assert statistics.mean(ignoring) < 0.7
-    assert statistics.mean(knowing) - statistics.mean(ignoring) > 0.1  # its gradients depend on labels, too
+    assert statistics.mean(knowing) - statistics.mean(ignoring) > 0.1  # its gradients also depend on labels
     assert all(w.suspicious == (w.score < Watch().least) for w in (*plain.honest, *plain.hijacked, *labelled.hijacked))
     assert any(w.suspicious for w in plain.hijacked)
     assert kept["inputs"].shape == kept["reconstructions"].shape
@@ -277,7 +277,7 @@ def test_an_active_server(tmp_path: Path) -> None:
 
 
 def test_an_honest_server_is_the_runs_own(tmp_path: Path) -> None:
-    """What the watch is compared with is the very training of the run, to the last bit."""
+    """The training under an honest server equals that of the run bit for bit."""
     run = Run(RunConfig.of(SMALL), out=tmp_path / "run")
     run.run()
     (moment,) = moments(tmp_path / "run")
@@ -290,7 +290,7 @@ def test_an_honest_server_is_the_runs_own(tmp_path: Path) -> None:
 
 
 def test_shared_gradients_are_not_watched(tmp_path: Path) -> None:
-    """With phi = 1 a client receives none of its own, and its watch says nothing."""
+    """With phi = 1, clients receive no gradients of their own, so the watch has no result."""
     run = trained(tmp_path / "run", algorithm="sglr", phi=1.0)
     (moment,) = moments(run)
     training = assemble(moment.config)
@@ -306,7 +306,7 @@ def test_what_cannot_be_hijacked(tmp_path: Path) -> None:
 
 
 def test_equal_accuracy() -> None:
-    """Each run is looked at when it first came to what both reach; between moments, linearly."""
+    """Runs are compared when they first reached an accuracy that both reach, by linear interpolation."""
 
     def outcome(*found: tuple[float, float]) -> Outcome:
         leaks = tuple({"accuracy": a, "attacks": {"model": {"explained": e}}} for a, e in found)
@@ -315,7 +315,7 @@ def test_equal_accuracy() -> None:
     fast, slow = outcome((0.6, 0.9), (0.8, 0.7), (0.9, 0.6)), outcome((0.5, 0.8), (0.7, 0.5))
     assert (fast.reached, slow.reached, fast.explained, slow.explained) == (90.0, 70.0, 60.0, 50.0)
     assert fast.explained_at(70.0) == pytest.approx(80.0)
-    assert fast.explained_at(30.0) is None  # it had left that behind before anyone looked
+    assert fast.explained_at(30.0) is None  # exceeded before the first moment
     assert fast.explained_at(59.8) == pytest.approx(90.0)
     assert slow.explained_at(80.0) is None
     assert explained(fast, slow) == pytest.approx(10.0)
@@ -329,12 +329,12 @@ def test_equal_accuracy() -> None:
         ({"algorithm": "psl", "rounds": 3}, 3),
         ({"algorithm": "sfl", "rounds": 2, "local_epochs": 4}, 8),
         ({"algorithm": "sfl", "rounds": 3, "local_steps": 5, "batch": 10}, 1),  # 15 of 15 batches
-        ({"algorithm": "sfl", "rounds": 4, "local_steps": 5, "batch": 10}, 2),  # one begun
+        ({"algorithm": "sfl", "rounds": 4, "local_steps": 5, "batch": 10}, 2),  # a second pass has begun
         ({"algorithm": "ssl", "rounds": 2}, 2),
     ],
 )
 def test_how_often_a_sample_was_sent(options: dict[str, Any], releases: int, tmp_path: Path) -> None:
-    """What a privacy statement composes: passes through the client's data, one that has begun counted whole."""
+    """Releases in the privacy statement: passes through the client's data, with an incomplete pass counted as one."""
     s = subject(tmp_path, clip=1.0, gaussian_noise=5.0, model="mlp", cut="hidden1", **options)
     assert s.statement is not None
     assert (s.releases, s.statement.releases) == (releases, releases)
@@ -342,7 +342,7 @@ def test_how_often_a_sample_was_sent(options: dict[str, Any], releases: int, tmp
 
 
 def test_private_labels_are_no_help(tmp_path: Path) -> None:
-    """In the U-shaped split an attacker that has smashed data alone guesses without labels."""
+    """In the U-shaped split, an attacker that has only smashed data makes no use of labels."""
     options: dict[str, Any] = {"model": "mlp", "cut": "hidden1", "tail_cut": "hidden2", "algorithm": "ussl"}
     s = subject(tmp_path, **options)
     few = Budget(steps=40, batch=32, check_every=20)
@@ -360,7 +360,7 @@ def test_private_labels_are_no_help(tmp_path: Path) -> None:
 
 
 def test_the_upper_bound_counts_dropout(tmp_path: Path) -> None:
-    """Dropped features make the others larger, and so the channel carries more."""
+    """Dropout scales up the remaining features, so the channel carries more information."""
     bare = subject(tmp_path / "a", model="mlp", cut="hidden1", clip=50.0, gaussian_noise=0.02)
     dropped = subject(tmp_path / "b", model="mlp", cut="hidden1", clip=50.0, gaussian_noise=0.02, feature_dropout=0.5)
     a, b = (next(iter(_upper(s, 0))).nats for s in (bare, dropped))

@@ -1,4 +1,4 @@
-"""What leaks of runs of any task: numbers, classes of pixels, one score, rows that do not count."""
+"""Leakage of runs of all tasks: numeric targets, classes of pixels, one score per sample, rows that do not count."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FEW = Budget(steps=60, batch=32, check_every=20)
 
 
 def trained(folder: Path, task: str, x: np.ndarray, y: np.ndarray, model: str, width: int = 1, **options: Any) -> Path:
-    """The folder of a small run."""
+    """The folder of a small trained run."""
     np.savez(folder / "data.npz", x=x, y=y)
     (folder / "models.py").write_text(MODELS.replace("WIDTH", str(width)))
     given: dict[str, Any] = {
@@ -97,7 +97,7 @@ def examined(folder: Path, *knowledge: Knowledge) -> Examined:
 @pytest.mark.long
 @pytest.mark.parametrize("task", ["regression", "segmentation"])
 def test_inputs_are_attacked_whatever_the_task(task: str, tmp_path: Path) -> None:
-    """Reconstruction is measured; what is about classes is said to be missing, in tables, JSON and sentences."""
+    """Reconstruction is measured. Tables, JSON and notes say that measures of classes are missing."""
     run = numbers(tmp_path) if task == "regression" else trained(tmp_path, task, *pictures(), "pixels")
     made = examined(run, "model", "smashed")
     finding = made.finding
@@ -118,7 +118,7 @@ def test_inputs_are_attacked_whatever_the_task(task: str, tmp_path: Path) -> Non
 
 
 def test_labels_that_are_numbers_stay(tmp_path: Path) -> None:
-    """In the U-shaped split label leakage is not measured, and says so; with classes it is."""
+    """In the U-shaped split, label leakage is not measured for numbers, with a note; for classes it is."""
     options: dict[str, Any] = {"algorithm": "ussl", "tail_cut": "3"}
     finding = examined(numbers(tmp_path, **options)).finding
     assert finding.labels is None
@@ -133,7 +133,7 @@ def test_labels_that_are_numbers_stay(tmp_path: Path) -> None:
 
 def test_a_class_with_one_sample_ends_no_examination(tmp_path: Path) -> None:
     y = np.zeros(500, "int64")
-    y[:3] = 1  # far from enough for two among the attacked samples
+    y[:3] = 1  # too few for two attacked samples of this class
     run = trained(tmp_path, "classification", vectors(), y, "vectors", 2, algorithm="ussl", tail_cut="3")
     finding = examined(run).finding
     assert finding.labels is None
@@ -141,7 +141,7 @@ def test_a_class_with_one_sample_ends_no_examination(tmp_path: Path) -> None:
 
 
 def test_one_score_and_rows_that_do_not_count(tmp_path: Path) -> None:
-    """A server part with one score, and labels below 0, are the task's business: the attack uses its losses."""
+    """The attack uses the task's losses for a server part with one score and for labels below 0."""
     x = vectors()
     finding = examined(trained(tmp_path, "binary", x, (x[:, 0] > 0).astype("int64"), "vectors"), "smashed").finding
     assert finding.attacks["smashed"].true_accuracy is not None
@@ -152,11 +152,11 @@ def test_one_score_and_rows_that_do_not_count(tmp_path: Path) -> None:
     run = trained(ignoring, "classification", x, y, "vectors", 2, ignore_index=-7)
     found = examined(run, "model").finding
     assert found.attacks["model"].true_accuracy is not None
-    assert found.attacks["model"].true_accuracy > 0.8  # of 0.75 at most, if rows that do not count were judged
+    assert found.attacks["model"].true_accuracy > 0.8  # at most 0.75 if rows that do not count were judged
 
 
 def test_the_attacker_uses_the_tasks_losses() -> None:
-    """Numbers help a surrogate through the server part: other numbers, another attack; none where they stay."""
+    """Targets help to train a surrogate, so other targets change the attack, unless targets stay with the client."""
     x = torch.from_numpy(vectors(400))
     y, auxiliary = x[:200, 0] - x[:200, 1], Samples(x[200:], x[200:, 0] - x[200:, 1])
     with torch.random.fork_rng():
@@ -183,7 +183,7 @@ def test_the_judge_knows_what_labels_are() -> None:
 
 
 def test_an_active_server_without_classes(tmp_path: Path) -> None:
-    """It ignores labels, and no client watches; both are said."""
+    """The hijacker ignores labels and no client watches. Notes say both."""
     (moment,) = moments(numbers(tmp_path))
     check_hijackable(moment)
     ((found, kept),) = hijack(moment, 50, 150, 0)
@@ -204,7 +204,7 @@ def test_a_hijacker_that_knows_labels_takes_those_that_do_not_count() -> None:
 
 
 def test_tokens_in_one_vector_and_several_tensors_are_refused(tmp_path: Path) -> None:
-    """In one sentence, before anything is measured."""
+    """The error is raised before anything is measured."""
     words = np.random.default_rng(0).integers(0, 9, (500, 6))
     run = trained(tmp_path, "classification", words, words[:, 0] % 2, "words")
     (moment,) = moments(run)

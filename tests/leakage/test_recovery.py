@@ -1,4 +1,4 @@
-"""Tokens that a server recovers: all of an embedding, none under strong noise, in turn behind a decoder."""
+"""Recovery of tokens: all after an embedding, none under strong noise, one by one after a decoder block."""
 
 import json
 from dataclasses import replace
@@ -55,7 +55,7 @@ def load():
 
 
 def texts(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, with low ones more common, and the next tokens; every other row is padded with 0 after three."""
+    """Tokens, with low ones more common, and the next tokens. Every other row has three tokens and padding."""
     found = np.random.default_rng(0).integers(1, VOCABULARY, (2, rows, LENGTH)).min(0)
     follow = np.roll(found, -1, 1)
     follow[:, -1] = -100
@@ -79,7 +79,7 @@ def subject(folder: Path, **options: Any) -> Subject:
 
 
 def test_an_embedding_gives_all_tokens_away(tmp_path: Path) -> None:
-    """Through the command. Filling counts nowhere; the guesser has the share of the commonest token."""
+    """Measured by the command. Padding is not counted, and a guesser reaches the share of the commonest token."""
     s = subject(tmp_path)
     printed = call("leakage", str(tmp_path / "run"), "--samples", "40", "--clients", "1", "--attacks", "nearest").stdout
     (finding,) = json.loads((tmp_path / "run" / "leakage.json").read_text())["findings"]
@@ -107,7 +107,7 @@ def test_strong_noise_leaves_the_commonest_token(tmp_path: Path, monkeypatch: py
 
 
 def test_an_inversion_model_learns_what_a_client_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where clipping and a codec change it; who knows the first weights alone has them, and reads less."""
+    """Clipping and a codec change the smashed data. An attacker that knows only the initial weights recovers less."""
     monkeypatch.setattr(inverting, "_BUDGET", replace(inverting._BUDGET, steps=60))
     s = subject(tmp_path, clip=1.0, up_codec="int8", client_lr=1.0, cut="between")
     known, guessed = (s.seen(begun=begun, seed=0) for begun in (False, True))
@@ -115,7 +115,7 @@ def test_an_inversion_model_learns_what_a_client_sends(tmp_path: Path, monkeypat
     found = recover(known, words, counting, "inversion", "model")
     assert found is not None
     assert found.accuracy > 0.95
-    assert known.scale() < 0.9 < 1.1 * s.z.flatten(1).norm(dim=1).max()  # it was clipped to 1
+    assert known.scale() < 0.9 < 1.1 * s.z.flatten(1).norm(dim=1).max()  # clipped to 1
     nearest = [recover(seen, words, counting, "nearest", "") for seen in (known, guessed)]
     assert nearest[0] is not None
     assert nearest[1] is not None
@@ -126,7 +126,7 @@ def test_an_inversion_model_learns_what_a_client_sends(tmp_path: Path, monkeypat
 
 
 def mixing(words: Words, ahead: bool = False) -> Tensor:
-    """What a decoder block might send: embeddings, and four times the mean of those before (with `ahead`, of all)."""
+    """A stand-in for a decoder block: embeddings plus four times the mean of the earlier ones (`ahead`: of all)."""
     table = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
     own = table[words.ids]
     before = own.mean(1, keepdim=True) if ahead else (own.cumsum(1) - own) / torch.arange(1, LENGTH + 1)[None, :, None]
@@ -134,8 +134,9 @@ def mixing(words: Words, ahead: bool = False) -> Tensor:
 
 
 def test_a_decoder_is_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a block that mixes the context in, the nearest candidate is wrong, and the search is right. In an encoder
-    there is no search.
+    """After a block that mixes in context, nearest candidates are often wrong and the search finds all tokens.
+
+    For an encoder, no search is possible.
     """
     monkeypatch.setattr(inverting, "_BUDGET", replace(inverting._BUDGET, steps=20))
     ids = torch.randint(0, VOCABULARY, (48, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -149,7 +150,7 @@ def test_a_decoder_is_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> No
     def encoder(words: Words) -> Tensor:
         return mixing(words, ahead=True)
 
-    monkeypatch.setattr(prefix_search, "_CANDIDATES", 1)  # where the likeliest does not fit, all others are tried
+    monkeypatch.setattr(prefix_search, "_CANDIDATES", 1)  # if the likeliest does not fit, all others are tried
     again = recover(replace(seen, kept={}), words, every[:8], "search", "model")
     noisy = replace(seen, kept={}, client=lambda words: mixing(words) + 0.01)
     under_noise = recover(noisy, words, every[:8], "search", "model")
@@ -162,7 +163,7 @@ def test_a_decoder_is_read_token_by_token(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_encoder_is_known_though_its_rows_are_filled_up() -> None:
-    """What stands behind a text, and is masked, has no influence."""
+    """Masked padding after a text has no influence."""
 
     def masked(words: Words) -> Tensor:
         own = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))[words.ids]
@@ -179,23 +180,23 @@ def test_an_encoder_is_known_though_its_rows_are_filled_up() -> None:
 
 
 def test_filling_is_told_from_text() -> None:
-    """By the mask; by the token that fills, where nothing is learnt; by equal tokens at the end."""
+    """By the mask, by the padding token at places that are not learnt, or by equal tokens at the end."""
     ids, targets = torch.tensor([[5, 3, 3, 0, 0], [0, 4, 0, 0, 2]]), torch.full((2, 5), -100)
     targets[0, :2] = targets[1, :4] = 1
     task = TokenPrediction()
     for padding, last in ((0, False), (None, False)):
         found = counting_places(Samples(ids, targets), task, padding)
         assert found.tolist() == [[True, True, True, last, last], [True] * 5]
-    one = Samples(torch.tensor([[1, 2, 9]]), torch.tensor([[2, 9, -100]]))  # the last token of a text has no target
+    one = Samples(torch.tensor([[1, 2, 9]]), torch.tensor([[2, 9, -100]]))  # a text's last token has no target
     assert counting_places(one, task, None).all()
     assert counting_places(one, task, 0).all()
     masked = Samples((ids, torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])), targets)
     assert counting_places(masked, task, 0).sum(1).tolist() == [3, 5]
-    assert counting_places(Samples(ids, torch.zeros(2)), task, 0).all()  # one label for each text
+    assert counting_places(Samples(ids, torch.zeros(2)), task, 0).all()  # one label per text
 
 
 def test_a_mask_goes_along(tmp_path: Path) -> None:
-    """Rows that are padded on the left, and a model that is told so."""
+    """Rows are padded on the left, and the model receives a mask."""
     (tmp_path / "masked.py").write_text(MASKED)
     s = subject(
         tmp_path,
