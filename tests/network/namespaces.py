@@ -1,7 +1,7 @@
-"""Hosts of their own on this machine: network namespaces, each with one cable to a switch.
+"""Separate hosts on this machine: network namespaces, each connected to a switch by one cable.
 
-A cable is a pair of `veth` devices; a long one is a process that passes packets on, later, and loses some: what
-`tc netem` does, which many kernels lack.
+A cable is a pair of `veth` devices. A long cable is a process that delays packets and loses some of them, like `tc
+netem`, which many kernels lack.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SWITCH = "switch"
 
 
 def lacking() -> str | None:
-    """Why there can be no namespaces here; None where there can."""
+    """The reason why namespaces are not possible here, or None."""
     if sys.platform != "linux" or shutil.which("ip") is None:
         return "needs Linux with iproute2 (`ip`)"
     if os.geteuid() != 0:
@@ -57,7 +57,7 @@ def _run(*words: str) -> None:
 
 
 class Carried(NamedTuple):
-    """Bytes, Ethernet's headers included, and packets, each no longer than a cable takes."""
+    """Bytes, with Ethernet headers, and packets, none longer than a cable allows."""
 
     sent: int
     received: int
@@ -66,8 +66,8 @@ class Carried(NamedTuple):
 
 
 class Network:
-    """A switch, and hosts with the addresses 10.77.0.1, 10.77.0.2... in the order they are added. Use as a context
-    manager: all is taken away at the end, whatever has happened.
+    """A switch, and hosts with the addresses 10.77.0.1, 10.77.0.2, ... in the order in which they are added. A context
+    manager, which removes everything at the end, even after an error.
     """
 
     def __init__(self) -> None:
@@ -95,12 +95,12 @@ class Network:
         return f"{self._name}-{host}"
 
     def inside(self, host: str) -> list[str]:
-        """Words that make a command run at `host`."""
+        """Words to put before a command so that it runs at `host`."""
         return ["ip", "netns", "exec", self.space(host)]
 
     def add(self, host: str, *, delay: float = 0.0, loss: float = 0.0, seed: int = 0) -> str:
-        """A new host's address. `delay` seconds pass on its cable in each direction, and a fraction `loss` of the
-        packets gets lost.
+        """Add a host and return its address. Packets take `delay` seconds on its cable in each direction, and a
+        fraction `loss` of them is lost.
         """
         self._namespace(host)
         at_host, at_switch = "eth0", f"to-{host}"
@@ -116,7 +116,7 @@ class Network:
         else:
             peer = ("peer", "name", at_host, "netns", self.space(host))
             _run("ip", "-n", self.space(SWITCH), "link", "add", "name", at_switch, "type", "veth", *peer)
-            for space, device in ((SWITCH, at_switch), (host, at_host)):  # else what is counted are 64 kB at a time
+            for space, device in ((SWITCH, at_switch), (host, at_host)):  # otherwise 64 kB count as one packet
                 _run("ip", "-n", self.space(space), "link", "set", device, "gso_max_segs", "1")
         _run("ip", "-n", self.space(SWITCH), "link", "set", at_switch, "master", "bridge0")
         address = f"10.77.0.{len(self.addresses) + 1}"
@@ -127,28 +127,28 @@ class Network:
         return address
 
     def cut(self, host: str) -> None:
-        """Take the host's cable out, at the switch."""
+        """Disconnect the host's cable at the switch."""
         _run("ip", "-n", self.space(SWITCH), "link", "set", f"to-{host}", "down")
 
     def reconnect(self, host: str) -> None:
-        """Put it in again."""
+        """Connect the cable again."""
         self._up(SWITCH, f"to-{host}")
 
     def carried(self, host: str) -> Carried:
-        """What the host's device has sent and received so far."""
+        """Bytes and packets that the host's device has sent and received so far."""
         words = ["ip", "-n", self.space(host), "-s", "-j", "link", "show", "eth0"]
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
         sent, received = (json.loads(done.stdout)[0]["stats64"][way] for way in ("tx", "rx"))
         return Carried(sent["bytes"], received["bytes"], sent["packets"], received["packets"])
 
     def end_cable(self, host: str) -> tuple[int, int]:
-        """Packets that a long cable has carried and lost; it is gone then."""
+        """End a long cable, and return how many packets it has carried and lost."""
         cable = self._cables.pop(host)
         carried, lost = cable.communicate(timeout=30)[0].split()
         return int(carried), int(lost)
 
     def close(self) -> None:
-        """Take everything away."""
+        """Remove everything."""
         for cable in self._cables.values():
             cable.kill()
             cable.communicate()
@@ -170,15 +170,15 @@ _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 
 
 def _tap(name: str) -> int:
-    """A device whose packets are read and written here: whole Ethernet frames of the network's size."""
+    """A device whose packets this process reads and writes as whole Ethernet frames."""
     end = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
     return end
 
 
 def cable(near: str, far: str, delay: float, loss: float, seed: int) -> tuple[int, int]:
-    """Pass packets on between two new devices until standard input ends; how many were carried, and lost."""
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: it does not outlive the tests
+    """Pass packets between two new devices until standard input ends; returns how many were carried and lost."""
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: this process must not outlive the tests
     ends = [_tap(near), _tap(far)]
     other = {ends[0]: ends[1], ends[1]: ends[0]}
     chance, order = random.Random(seed), itertools.count()
@@ -209,7 +209,7 @@ def cable(near: str, far: str, delay: float, loss: float, seed: int) -> tuple[in
 
 
 def long_cables() -> str | None:
-    """Why there can be no long cables here; None where there can."""
+    """The reason why long cables are not possible here, or None."""
     return None if _TUN.exists() else f"a long cable needs {_TUN}"
 
 

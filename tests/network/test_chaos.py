@@ -1,5 +1,5 @@
-"""All kinds of faults of processes and connections happen, by a seeded schedule, during a run over TLS. One
-client is hostile besides: it is excluded, and dials again and again.
+"""A run over TLS survives all kinds of faults of processes and connections, on a seeded schedule. One additional client
+is hostile: it is excluded, and dials again and again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cutlayer.options import RunConfig, read_toml
 CLIENTS, CULPRIT = 4, 3
 EVERY = 10  # rounds between evaluations, and between checkpoints
 KEEPING = CONFIG.replace("clients = 3", f"clients = {CLIENTS}") + f"eval_every = {EVERY}\ncheckpoint_every = {EVERY}\n"
-# Algorithm -> what the hostile client lies with. The numbers are from the first rounds; it is excluded soon.
+# Algorithm -> the lie of the hostile client, and from which answer on. The lies begin early, so it is excluded soon.
 LIES = {
     "sglr": ("smashed data of 3e38", 20),
     "ssl": ("smashed data of 3e38", 20),
@@ -34,16 +34,17 @@ LIES = {
     "sflv1": ("smashed data of 1e30", 20),
 }
 ROUNDS = {"sglr": 150, "ssl": 40, "fl": 40, "sfl": 40, "sflv1": 40}
-# Differences of accuracy and loss that are always noise. In few rounds each that a client misses counts more.
+# Differences of accuracy and loss that count as noise. In runs of few rounds, each round that a client misses has more
+# effect.
 LEAST, LEAST_OF_FEW = (0.02, 0.1), (0.05, 0.2)
 AVERAGING = ("fl", "sfl", "sflv1")
-WAY, LONG_WAY = 0.005, 0.05  # seconds that a proxy takes for each piece; the second where a run is ahead of its faults
+WAY, LONG_WAY = 0.005, 0.05  # seconds that a proxy takes for each piece; LONG_WAY if a run is ahead of its faults
 PATIENT = ("--keepalive", "1")
 pytestmark = pytest.mark.network
 
 
 class Proxy:
-    """A way to the server's port that does not always do what a cable does: it cuts, delays, flips bits."""
+    """A proxy of the server's port that can cut connections, delay data and flip bits."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.to, self._chance = port, random.Random(seed)
@@ -58,7 +59,7 @@ class Proxy:
         self._start(self._accept)
 
     def cut(self) -> None:
-        """All connections break."""
+        """Break all connections."""
         with self._lock:
             ends, self._ends = self._ends, []
         for end in ends:
@@ -66,16 +67,16 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def delay(self, seconds: float) -> None:
-        """From now on each piece arrives so much later."""
+        """From now on, each piece arrives this many seconds late."""
         self._delay = seconds
 
     def flip(self) -> None:
-        """One bit of the next piece, in whichever direction, is wrong."""
+        """Flip one bit of the next piece, in either direction."""
         with self._lock:
             self._flips += 1
 
     def close(self) -> None:
-        """No more; all threads have ended then."""
+        """Stop, and wait until all threads have ended."""
         self._delay = 0.0
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -98,7 +99,7 @@ class Proxy:
                 return
             try:
                 far = socket.create_connection(("127.0.0.1", self.to), timeout=5)
-            except OSError:  # the server is not there
+            except OSError:  # the server is not running
                 near.close()
                 continue
             far.settimeout(None)
@@ -115,7 +116,7 @@ class Proxy:
         for end in (a, b):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        a.close()  # the other is what the other direction reads
+        a.close()  # the other socket is closed by the other direction, which reads from it
 
     def _damaged(self, data: bytes) -> bytes:
         with self._lock:
@@ -129,7 +130,7 @@ class Proxy:
 
 
 class Chaos:
-    """A run, each honest client behind a proxy of its own, and what happens to it: `done` counts the faults by kind."""
+    """A run whose honest clients are each behind a proxy. `done` counts the faults by kind."""
 
     KINDS = ("kill client", "stall client", "cut", "delay", "flip", "stall server", "kill server")
 
@@ -153,11 +154,11 @@ class Chaos:
 
     @property
     def over(self) -> bool:
-        """Has the server done its work?"""
+        """Whether the server has ended."""
         return self.server.poll() is not None
 
     def happen(self, kind: str) -> None:
-        """One fault, which is over when this is back."""
+        """Cause one fault, and return when it is over."""
         k = self.chance.randrange(3)
         self.done[kind] += 1
         if kind == "kill client":
@@ -186,8 +187,8 @@ class Chaos:
         return len(self.trial.steps())
 
     def hold_back(self, share: float) -> None:
-        """Make the ways long where the run has done more than this share of its rounds: faults and rounds then come to
-        their ends together, however fast the machine is.
+        """Slow the proxies down if the run has done more than this share of its rounds. Faults and rounds then end
+        together, however fast the machine is.
         """
         steps = self.trial.steps()
         self.way = LONG_WAY if steps and steps[-1]["round"] > share * self.rounds else WAY
@@ -195,7 +196,7 @@ class Chaos:
             proxy.delay(self.way)
 
     def ends(self) -> str:
-        """What every process has ended with, and its last words."""
+        """The exit code and the last log lines of every process."""
         named = {"server": self.server, **{f"client-{k}": process for k, process in enumerate(self.clients)}}
         return "\n".join(f"{n} {p.poll()}: {self.trial.log(n)[-1000:]}" for n, p in named.items())
 
@@ -211,7 +212,7 @@ class Chaos:
 def run_chaos(
     folder: Path, algorithm: str, rounds: int, seed: int, kinds: list[str], pause: float, limit: float
 ) -> Chaos:
-    """The run under the faults of `kinds`, in this order, from its first steps on; it has to end within `limit`."""
+    """Run under the faults of `kinds`, in this order, from the first steps on. The run has to end within `limit`."""
     end = time.monotonic() + limit
     chaos = Chaos(folder, algorithm, rounds, seed)
 
@@ -238,7 +239,7 @@ def run_chaos(
 
 
 def check(chaos: Chaos, quiet: list[tuple[float, float]], differences: tuple[float, float] = LEAST) -> None:
-    """Every step and every round once; records, ledger and result agree; the end is as good as that of quiet runs."""
+    """Steps and rounds occur once; records, ledger and result agree; scores are as good as in quiet runs."""
     records = chaos.trial.steps()
     result = json.loads((chaos.trial.folder / "run" / "result.json").read_text())
     config = RunConfig.of(read_toml(chaos.trial.folder / "c.toml"))
@@ -259,7 +260,7 @@ def check(chaos: Chaos, quiet: list[tuple[float, float]], differences: tuple[flo
 
 
 def check_bytes(chaos: Chaos, records: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    """What the records count is what the ledger holds: in each step, or up to the last average."""
+    """Records and ledger count the same bytes, in each step or up to the last average."""
     averages, batch = chaos.algorithm in AVERAGING, RunConfig.of(read_toml(chaos.trial.folder / "c.toml")).batch
     for way in ("up", "down"):
         counted = [r[f"bytes_{way}"] for r in records]
@@ -273,8 +274,8 @@ def check_bytes(chaos: Chaos, records: list[dict[str, Any]], result: dict[str, A
 
 
 def check_culprit(chaos: Chaos) -> None:
-    """The hostile client is the only one that is ever excluded, and nothing of it is in the run from then on. A server
-    that was killed soon after may have to find out again.
+    """Only the hostile client is ever excluded, and from then on it is in no step. A server that was killed soon after
+    the exclusion may have to exclude it again.
     """
     excluded = chaos.trial.events("excluded", "garbage")
     assert {event["client"] for event in excluded} == {CULPRIT}
@@ -284,8 +285,8 @@ def check_culprit(chaos: Chaos) -> None:
 
 
 def quiet_runs(chaos: Chaos, seeds: int = 4) -> list[tuple[float, float]]:
-    """Accuracy and loss on the test set that the same training comes to without any fault and without the hostile
-    client, from other beginnings: their spread is the noise that faults may not exceed.
+    """Test accuracy and loss of the same training without faults and without the hostile client, from several seeds.
+    Faults may not change them by more than the noise between seeds.
     """
     config = read_toml(chaos.trial.folder / "c.toml")
     found = []
@@ -312,7 +313,7 @@ def test_one_of_each(tmp_path: Path) -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("algorithm", [a for a in LIES if a != "sglr"])
 def test_some_with_other_algorithms(algorithm: str, tmp_path: Path) -> None:
-    """A model that travels, and models that are averaged: clients die, connections break, the server dies."""
+    """Methods with a travelling model and with averaged models: clients die, connections break, the server dies."""
     kinds = ["kill client", "cut", "kill server"]
     random.Random(algorithm).shuffle(kinds)
     chaos = run_chaos(tmp_path, algorithm, rounds=ROUNDS[algorithm], seed=3, kinds=kinds, pause=0.2, limit=150)

@@ -1,4 +1,4 @@
-"""The deployment guide runs as it stands, with a folder for each machine; the files of deploy/ name what there is."""
+"""The deployment guide works as written, with a folder for each machine. The files of deploy/ name what exists."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from cutlayer.remote.serve import GRACE
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "deployment.md").read_text()
 BLOCKS = re.findall(r"```(\w+) ([^\n]+)\n(.*?)```", GUIDE, re.DOTALL)
-"""(language, what it is for, content) of those that are for this test: the others have a language alone."""
+"""(language, purpose, content) of the blocks for this test. Other blocks have only a language."""
 
 MACHINES = ("coordinator", "hospital-a", "hospital-b")
-PATIENCE = 120.0  # seconds for any one thing; usually a tenth of that
+PATIENCE = 120.0  # seconds that any one thing may take; it usually takes a tenth of that
 
 
 class Machines:
-    """A folder for each machine, with what was started there."""
+    """A folder for each machine, and the processes started in it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -51,7 +51,7 @@ class Machines:
         self.said: dict[str, str] = {}
 
     def here(self, text: str) -> str:
-        """With ports that are free on this machine."""
+        """The text with ports that are free on this machine."""
         return re.sub("4747|9464", lambda found: self.ports[found[0]], text)
 
     def run(self, machine: str, commands: str) -> None:
@@ -67,7 +67,7 @@ class Machines:
         self.background[machine] = self._popen(machine, f"exec {self.here(commands)}", "log")
 
     def start_trial(self, machine: str, commands: str) -> None:
-        """What nothing else builds on runs beside the rest."""
+        """Start commands that no later block needs; they run in parallel."""
         self.trials.append(self._popen(machine, commands, "trial.log"))
 
     def _popen(self, machine: str, commands: str, log: str) -> subprocess.Popen[bytes]:
@@ -107,7 +107,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 @pytest.mark.network
 def test_the_guide(machines: Machines) -> None:
-    """All blocks in order. The server is stopped while it trains, gets its new certificate, and goes on with it."""
+    """All blocks in order. The server is stopped during training, gets its new certificate, and continues."""
     serve = ""
     for language, purpose, content in BLOCKS:
         names = purpose.split()
@@ -144,7 +144,7 @@ def wait_for_steps(machines: Machines, steps: int) -> None:
 
 
 def stop_the_server(machines: Machines) -> None:
-    """Clients stay: they dial again."""
+    """The clients stay and dial again."""
     server, *clients = (machines.background[machine] for machine in MACHINES)
     server.send_signal(signal.SIGTERM)
     assert server.wait(PATIENCE) == 130, machines.log()
@@ -152,7 +152,7 @@ def stop_the_server(machines: Machines) -> None:
 
 
 def what_came_of_it(machines: Machines) -> None:
-    """Both hospitals took part in every step, and it came out as the guide shows."""
+    """Both hospitals took part in every step, and the result is the one that the guide shows."""
     steps = machines.records("steps.jsonl")
     assert [step["step"] for step in steps] == list(range(len(steps)))
     assert all(step["clients"] == [0, 1] for step in steps)
@@ -191,7 +191,7 @@ UNITS = ("cutlayer-server.service", "cutlayer-client@.service")
 
 
 def test_the_units_name_what_there_is() -> None:
-    """Commands and options are parsed as the command line does; the server has time for its grace."""
+    """Their commands are valid command lines. Systemd leaves the server enough time to stop."""
     for name in UNITS:
         service = service_of(name)["Service"]
         program, *words = shlex.split(re.sub(r"\$\{SERVER\}", "host:4747", service["ExecStart"]))
@@ -212,7 +212,7 @@ def test_the_units_start_again_what_may_succeed_then(name: str) -> None:
     assert [int(code) for code in service["RestartForceExitStatus"].split()] == [ExitCode.TRY_AGAIN]
     assert [int(code) for code in service["RestartPreventExitStatus"].split()] == [ExitCode.WRONG]
     assert unit["Unit"]["StartLimitIntervalSec"] == "1h"
-    # All tries fit into the interval: else they would never come to an end.
+    # All attempts fit into the interval; otherwise there would be no end of them.
     assert int(unit["Unit"]["StartLimitBurst"]) * (int(service["RestartSec"]) + 60) <= 3600
 
 
@@ -243,7 +243,7 @@ def test_the_units_bound_what_a_process_may(name: str) -> None:
 
 
 def test_a_gpu_is_a_drop_in() -> None:
-    """It opens the GPU's files, and nothing else."""
+    """The drop-in allows the GPU's files, and nothing else."""
     text = (ROOT / "deploy" / "systemd" / "gpu.conf").read_text()
     options = [line.partition("=")[::2] for line in text.splitlines() if "=" in line and not line.startswith("#")]
     allowed = [value for option, value in options if option == "DeviceAllow"]
@@ -282,13 +282,13 @@ def test_the_containers_name_what_there_is() -> None:
         assert written.startswith("/srv/cutlayer/")  # the rest is read-only
         assert any(volume.endswith(":/srv/cutlayer") for volume in service["volumes"])
         assert float(service["stop_grace_period"].removesuffix("s")) > 2 * GRACE
-        assert service["restart"].startswith("on-failure:")  # an end without a failure is the end
+        assert service["restart"].startswith("on-failure:")  # a successful end is final
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["mem_limit"] == "${MEMORY:-8g}"
         assert service["ulimits"] == {"nofile": 8192, "core": 0}
     client = compose["services"]["client"]["command"]
-    assert "localhost" not in client  # that would be the container itself
+    assert "localhost" not in client  # in a container, localhost is the container itself
     assert "${SERVER:-server:4747}" in client
     container = (ROOT / "deploy" / "Containerfile").read_text()
     (torch,) = re.findall(r"torch==\S+", container)
@@ -301,7 +301,7 @@ def test_the_containers_name_what_there_is() -> None:
 
 
 def test_a_request_is_signed(tmp_path: Path) -> None:
-    """The certificate is for the key that stayed where it was made, and only the authority's folder gets it."""
+    """The certificate is for the client's key, which stays in its own folder, away from the authority's."""
     from cryptography import x509
 
     make_ca(tmp_path / "ca")
@@ -374,7 +374,7 @@ def test_words_that_exclude_each_other(words: str, said: str, tmp_path: Path) ->
 
 
 def test_keys_that_systemd_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their group bits are those of an access list: no warning (which would fail this test)."""
+    """Such keys have group bits because of an access list. There is no warning, which would fail this test."""
     from cutlayer.remote.security import ServerSecurity
 
     ca = make_ca(tmp_path)

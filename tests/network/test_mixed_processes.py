@@ -1,4 +1,4 @@
-"""Clients with different cuts as processes of their own: the simulation's numbers, and what a killed process loses."""
+"""Clients with different cuts as separate processes: the simulation's numbers, and what a killed process loses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trial(tmp_path: Path) -> Iterator[Callable[..., Trial]]:
 
 
 def test_a_killed_server_comes_back_with_its_clients_blocks(trial: Callable[..., Trial]) -> None:
-    """Blocks are in its checkpoint: the end is that of a simulation, to the last digit."""
+    """The server's checkpoint contains the blocks, so the run ends exactly like a simulation."""
     t = trial("sglr", rounds=30)
     server = t.serve()
     clients = [t.join(k) for k in range(3)]
@@ -43,7 +43,7 @@ def test_a_killed_server_comes_back_with_its_clients_blocks(trial: Callable[...,
 
 
 def test_a_killed_client_comes_back_to_its_blocks(trial: Callable[..., Trial]) -> None:
-    """The others go on without it; after the next averaging, its part and its blocks are the common model's again."""
+    """The others continue without it. After the next averaging, its part and blocks equal the common model again."""
     t = trial("sfl", rounds=100)
     server = t.serve("--deadline", "20", "--quorum", "0.6")
     clients = [t.join(k) for k in range(3)]

@@ -1,4 +1,4 @@
-"""Server and clients on hosts of their own, over TLS: cables that are long, lose packets, are cut; hosts that die."""
+"""Server and clients on separate hosts over TLS: long cables, lost packets, cut cables, and hosts that die."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cutlayer.errors import ExitCode
 WHY_NOT = lacking()
 pytestmark = [pytest.mark.network, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 HOSTS = ("server", "client-0", "client-1", "client-2")
-NOTICED = 60.0  # seconds within which a host that is cut off is known to be, on any machine; usually two
+NOTICED = 60.0  # seconds in which a cut-off host is noticed on any machine; usually two
 
 
 class Federation:
-    """A network with a trial on it."""
+    """A network, and a trial that runs on it."""
 
     def __init__(self, network: Network, folder: Path, rounds: int, config: str = CONFIG, **cable: float) -> None:
         self.network = network
@@ -34,15 +34,15 @@ class Federation:
         self.trial = Trial(folder, "sglr", rounds, config=config, host=host, space=network.space)
 
     def start(self, *words: str, keepalive: int = 1) -> list[Any]:
-        """Server and clients."""
+        """Start the server and the clients."""
         return [self.trial.serve(*words, "--keepalive", str(keepalive)), *self.join(keepalive)]
 
     def join(self, keepalive: int = 1) -> list[Any]:
-        """The clients."""
+        """Start the clients."""
         return [self.trial.join(k, "--keepalive", str(keepalive)) for k in range(3)]
 
     def clients(self) -> list[list[int]]:
-        """Who took part, by step."""
+        """The participants of each step."""
         return [r["clients"] for r in self.trial.steps()]
 
     def step_with(self, clients: list[int], after: int) -> bool:
@@ -95,7 +95,7 @@ print(json.dumps({k: vars(t) for k, t in service.hub.traffic().items()}))
 
 
 def test_bytes_on_the_cables(federation: Callable[..., Federation], capsys: pytest.CaptureFixture[str]) -> None:
-    """The ledger's bytes, those of whole messages, and those that the server's cable carries, of one run."""
+    """Compares the bytes of the ledger, of whole messages, and on the server's cable, in one run."""
     f = federation(rounds=20, config=LARGE)
     words = [*f.network.inside("server"), sys.executable, "-c", SERVER, f.trial.address]
     with (f.trial.folder / "traffic.json").open("wb") as file:
@@ -111,7 +111,7 @@ def test_bytes_on_the_cables(federation: Callable[..., Federation], capsys: pyte
         ("down", "sent", device.sent, device.packets_sent, 3 * 10 * 64 * 4),
     ):
         ledger = sum(r["wire-unicast"] for r in rows if r["direction"] == way and r["kind"] != "evaluation")
-        tensors = sum(t[f"payload_{message}"] for t in traffic)  # each with a record of its shape
+        tensors = sum(t[f"payload_{message}"] for t in traffic)  # each with a description of its shape
         assert 0 < tensors - evaluation - ledger < 100 * sum(t[f"messages_{message}"] for t in traffic)
         messages = sum(t[message] for t in traffic)
         assert carried / packets < 1600  # as on a real cable
@@ -127,17 +127,17 @@ def test_bytes_on_the_cables(federation: Callable[..., Federation], capsys: pyte
 
 @pytest.mark.skipif(long_cables() is not None, reason=str(long_cables()))
 def test_long_cables_that_lose_packets(federation: Callable[..., Federation]) -> None:
-    """10 ms each way, and one packet in fifty is lost: slower, and the same numbers to the last bit."""
+    """With 10 ms in each direction and 2 % of packets lost, the run is slower but gives exactly the same numbers."""
     f = federation(rounds=3, delay=0.01, loss=0.02)
-    finished(f.trial, *f.start(keepalive=10))  # as is usual: pings that get lost end no connection
+    finished(f.trial, *f.start(keepalive=10))  # the usual interval, so lost pings end no connection
     cables = [f.network.end_cable(host) for host in HOSTS]
     assert all(lost > 0 for _, lost in cables), cables
     same_as_local(f.trial)
 
 
 def test_a_cut_cable_and_a_dead_host(federation: Callable[..., Federation]) -> None:
-    """The others go on at the deadline; who was cut off comes back by itself. Then a client and its machine die without
-    a last word.
+    """The others continue at the deadline, and the client that was cut off comes back by itself. Then a client and its
+    machine die without a message.
     """
     f = federation(rounds=200)
     processes = f.start("--deadline", "1", "--quorum", "0.6")
@@ -146,7 +146,7 @@ def test_a_cut_cable_and_a_dead_host(federation: Callable[..., Federation]) -> N
     begin, before = time.monotonic(), len(f.clients())
     until(lambda: f.step_with([0, 2], before), "a step without the client that is cut off", f.trial)
     assert time.monotonic() - begin < NOTICED
-    time.sleep(3)  # longer than both sides are patient: they give the connection up
+    time.sleep(3)  # longer than both sides wait before they give up the connection
     f.network.reconnect("client-1")
     lonely = len(f.clients())
     until(lambda: f.step_with([0, 1, 2], lonely), "a step with all again", f.trial)
@@ -163,7 +163,7 @@ def test_a_cut_cable_and_a_dead_host(federation: Callable[..., Federation]) -> N
 
 
 def test_a_dead_host_is_noticed_without_a_deadline(federation: Callable[..., Federation]) -> None:
-    """In the midst of a step; pings alone find out. With the second there is no quorum left: the server says so."""
+    """It dies in the middle of a step, and only pings notice. When a second one dies, the server reports: no quorum."""
     f = federation(rounds=100)
     server, *clients = f.start("--patience", "2", "--quorum", "0.6")
     until(lambda: len(f.clients()) > 10, "ten steps", f.trial)

@@ -1,4 +1,4 @@
-"""Server and clients as processes of their own, over TLS on this machine: the simulation's numbers, faults included."""
+"""Server and clients as separate processes, over TLS on this machine: the simulation's numbers, even after faults."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_processes_over_tls_give_the_simulations_numbers(
 @pytest.mark.network
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[..., Trial]) -> None:
-    """Killed or stopped: clients go back to the round of its checkpoint; the end is that of a run without any fault."""
+    """Killed or stopped: clients return to the round of its checkpoint, and the run ends like one without faults."""
     t = trial("sglr", rounds=60)
     server = t.serve()
     clients = [t.join(k) for k in range(3)]
@@ -56,7 +56,7 @@ def test_the_server_ends_and_comes_back(how: signal.Signals, trial: Callable[...
 
 @pytest.mark.network
 def test_a_client_is_denied_and_let_in_again(trial: Callable[..., Trial]) -> None:
-    """By its certificate, while the server runs: it ends, the others go on; it comes back once it is allowed to."""
+    """The server denies its certificate during the run: it ends, and the others continue. It may return later."""
     t = trial("sglr", rounds=200)
     deny, client = t.folder / "deny.txt", t.folder / "ca" / "client-1.crt"
     deny.write_text("# nobody\n")
@@ -76,7 +76,7 @@ def test_a_client_is_denied_and_let_in_again(trial: Callable[..., Trial]) -> Non
 
 @pytest.mark.network
 def test_a_client_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
-    """The others go on without it; it takes part again, as a new process with the state that it kept."""
+    """The others continue without it. It takes part again as a new process with its saved state."""
     t = trial("sglr", rounds=150)
     server = t.serve("--deadline", "20", "--quorum", "0.6")
     clients = [t.join(k) for k in range(3)]
@@ -93,7 +93,7 @@ def test_a_client_is_killed_and_comes_back(trial: Callable[..., Trial]) -> None:
 
 @pytest.mark.network
 def test_wrong_hands(trial: Callable[..., Trial]) -> None:
-    """Another's certificate, another authority's, no encryption, another configuration: refused with a reason."""
+    """Another client's certificate, another authority, no encryption, other options: each is refused with a reason."""
     t = trial("sglr")
     server = t.serve()
     until(lambda: "listening" in t.log("server"), "listening", t)
@@ -122,7 +122,7 @@ def test_wrong_hands(trial: Callable[..., Trial]) -> None:
 @pytest.mark.network
 def test_a_clients_folder_is_held_while_it_works(trial: Callable[..., Trial]) -> None:
     t = trial("sglr")
-    first = t.join(0)  # there is no server: it dials again and again
+    first = t.join(0)  # there is no server, so it keeps dialling
     until(lambda: "dialling again" in t.log("client-0"), "dialling", t)
     second = t.join(0)
     assert second.wait(PATIENCE) == 75
@@ -153,8 +153,8 @@ def test_wrong_words(words: str, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> None:
-    """`cutlayer certs --tokens`: the server has hashes, each client its token; a client with another's token is
-    refused.
+    """`cutlayer certs --tokens`: the server has hashes, and each client has its token. A client with another client's
+    token is refused.
     """
     t = trial("psl", 2)
     made = call("certs", "tk", "--clients", "3", "--tokens", cwd=t.folder)
@@ -178,7 +178,7 @@ def test_tokens_that_were_made_let_clients_in(trial: Callable[..., Trial]) -> No
 
 @pytest.mark.network
 def test_a_dead_client_does_not_hold_up_a_server_that_restarts(trial: Callable[..., Trial]) -> None:
-    """It had gone on without the client before: once it is back it waits for all, but not for ever."""
+    """The first server continued without the client. The restarted server waits for all clients, but not for ever."""
     t = trial("sglr", rounds=40)
     server = t.serve()
     clients = [t.join(k) for k in range(3)]

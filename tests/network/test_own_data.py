@@ -1,4 +1,4 @@
-"""A deployment whose clients bring files of their own, and are tested on rows that they hold out of them."""
+"""A deployment whose clients have their own files, and are tested on rows held out of them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ evaluate_on = "both"
 
 @pytest.mark.network
 def test_own_scores_over_tls_are_those_of_a_simulation(tmp_path: Path) -> None:
-    """The server has rows of its own, which it tests with; a client with one row is refused before it dials."""
+    """The server tests with its own rows too. A client with a single row is refused before it dials."""
     rng = np.random.default_rng(0)
     sizes, labels = (40, 33, 21), np.array(["a", "b"])
 

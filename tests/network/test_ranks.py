@@ -1,4 +1,4 @@
-"""`torchrun` starts ranks; one of them is killed, or hangs; the others end with a sentence, and the run goes on."""
+"""`torchrun` starts ranks. One of them is killed or hangs: the others end with an error, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cutlayer.files import read_json
 
 PATIENCE = 100.0
 NOTICED = 20.0
-"""Seconds in which ranks have ended after one of them was killed."""
+"""Seconds in which the ranks end after one of them was killed."""
 LONG = [
     "--algorithm",
     "sglr",
@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
 
 @contextmanager
 def torchrun(folder: Path, ranks: int, *argv: str) -> Iterator[subprocess.Popen[str]]:
-    """`torchrun -m cutlayer ARGV`, killed at the end."""
+    """Run `torchrun -m cutlayer ARGV`, and kill it at the end."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     paths = os.pathsep.join(path for path in sys.path if path)
@@ -61,7 +61,7 @@ def torchrun(folder: Path, ranks: int, *argv: str) -> Iterator[subprocess.Popen[
 
 
 def rank_ids(launcher: subprocess.Popen[str]) -> list[int]:
-    """The processes of the ranks, in their order."""
+    """The ranks' processes, in the order of ranks."""
     path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     children = path.read_text(encoding="utf-8").split() if path.exists() else []
     return sorted(map(int, children), key=rank_of)
@@ -73,7 +73,7 @@ def rank_of(process: int) -> int:
 
 
 def said(output: str) -> str:
-    """What Cutlayer said, on one line."""
+    """Cutlayer's output as one line."""
     return " ".join(output.split())
 
 
@@ -114,13 +114,13 @@ def test_a_killed_rank(victim: int, tmp_path: Path) -> None:
 
 
 def test_a_hung_rank(tmp_path: Path) -> None:
-    """One that pauses is waited for; one that hangs is named, and the run goes on to what it would have come to."""
+    """Rank 0 waits for a rank that pauses, and names a rank that hangs. The resumed run ends as if nothing happened."""
     exact = [*LONG, "--precision", "float64"]
     with torchrun(tmp_path, 2, "run", *exact, "--out", "it", "--rank-timeout", str(PATIENT)) as started:
         until_it_trains(tmp_path / "it")
         victim = rank_ids(started)[1]
         os.kill(victim, signal.SIGSTOP)
-        time.sleep(PATIENT / 3)  # longer than the other rank waits without a sign of life
+        time.sleep(PATIENT / 3)  # long enough that the other rank notices the missing sign of life
         trained = len(records(tmp_path / "it"))
         os.kill(victim, signal.SIGCONT)
         until(lambda: len(records(tmp_path / "it")) > trained)
@@ -128,10 +128,10 @@ def test_a_hung_rank(tmp_path: Path) -> None:
         stopped = time.monotonic()
         output = ""
         assert started.stdout is not None
-        while "closing signal" not in output:  # torchrun has seen that rank 0 has ended
+        while "closing signal" not in output:  # until torchrun has seen that rank 0 has ended
             assert time.monotonic() < stopped + 30, output[-3000:]
             output += started.stdout.readline()
-        os.kill(victim, signal.SIGKILL)  # torchrun asks it to end, and would wait for half a minute
+        os.kill(victim, signal.SIGKILL)  # otherwise torchrun asks it to end, and waits for half a minute
         rest, _ = started.communicate(timeout=PATIENCE)
     sentence = f"error: rank 0 of 2 has had no answer from rank 1 for {PATIENT} seconds (a process that hangs, or a "
     assert sentence in said(output)

@@ -1,4 +1,4 @@
-"""A deployment whose clients keep the whole model, and use it on their own machines."""
+"""A deployment whose clients keep the whole model and use it on their own machines."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def make(input_shape, classes):
 
 @pytest.mark.network
 def test_clients_export_and_predict_from_their_own_folders(tmp_path: Path) -> None:
-    """Both sides name a file of their own that makes the model; at the end each client has the whole."""
+    """Each side has its own file that makes the model. At the end, each client has the whole model."""
     trial = Trial(tmp_path, "psl", 2, config=CONFIG.replace('model = "mlp"', 'cut = "0"\nshare_server_model = true'))
     (tmp_path / "server.py").write_text(OWN)
     np.savez(tmp_path / "new.npz", x=np.random.default_rng(0).random((5, 1, 8, 8)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at every moment: a sentence and an exit code, no traceback, and the run goes on afterwards."""
+"""SIGTERM and SIGINT at any moment: a message and an exit code, no traceback, and the run can continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from trial import CONFIG, PATIENCE, Trial, finished, same_as_local, until  # type: ignore[import-not-found]
 
 SAVING = CONFIG + "checkpoint_every = 1\n"
-pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]  # seven processes begin, one after another
+pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]  # seven processes start, one after another
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def trial(tmp_path: Path) -> Iterator[Trial]:
 
 
 def stopped(t: Trial, name: str, process: Any, code: int) -> None:
-    """It ends soon, with this code, and says so."""
+    """The process ends soon, with this code and without a traceback."""
     assert process.wait(PATIENCE) == code, t.log(name)[-3000:]
     assert "Traceback" not in t.log(name), t.log(name)[-3000:]
 
 
 def saving(t: Trial, place: str) -> Callable[[], bool]:
-    """Is a state being written there just now? Looks without a pause for a while: it is soon written."""
+    """A function that tells whether a state is being written there. It looks for a while, since writing is quick."""
 
     def look() -> bool:
         end = time.monotonic() + 0.3
@@ -43,7 +43,7 @@ def saving(t: Trial, place: str) -> Callable[[], bool]:
 
 
 def test_the_server_is_asked_to_stop(trial: Trial) -> None:
-    """While it waits for clients, in the midst of training, while it saves; the clients stay, and go on with it."""
+    """While it waits for clients, in the middle of training, and while it saves. The clients stay and continue."""
     t = trial
     server = t.serve()
     until(lambda: "listening" in t.log("server"), "listening", t)
@@ -67,7 +67,7 @@ def test_the_server_is_asked_to_stop(trial: Trial) -> None:
 
 
 def test_a_client_is_asked_to_stop(trial: Trial) -> None:
-    """While it dials, in the midst of training, while it saves; each time it comes back as a new process."""
+    """While it dials, in the middle of training, and while it saves. It comes back as a new process each time."""
     t = trial
     client = t.join(0)
     until(lambda: "dialling again" in t.log("client-0"), "dialling", t)
@@ -75,7 +75,7 @@ def test_a_client_is_asked_to_stop(trial: Trial) -> None:
     stopped(t, "client-0", client, 0)
     assert "stopped here" in t.log("client-0")
 
-    # With a quorum of all, each round waits for the client.
+    # With a quorum of all clients, each round waits for this one.
     server, clients = t.serve("--quorum", "1"), [t.join(k) for k in range(3)]
     until(lambda: len(t.steps()) > 6, "six steps", t)
     moments: list[tuple[int, Callable[[], bool]]] = [
@@ -93,7 +93,7 @@ def test_a_client_is_asked_to_stop(trial: Trial) -> None:
 
 
 def test_a_signal_while_a_command_begins(trial: Trial) -> None:
-    """Before there is anything to clean up: Python itself starts, and imports."""
+    """Before Cutlayer can handle signals: while Python starts and imports."""
     t = trial
     t.forked = False
     for name, start in (("server", t.serve), ("client-0", lambda: t.join(0))):

@@ -1,4 +1,4 @@
-"""The three hospitals of the worked examples: processes that train, export and predict as their page shows."""
+"""The three hospitals of the worked examples: processes train, export and predict as their page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server and three clients as processes of their own, over TLS: what the tests of the network share."""
+"""A server and three clients as separate processes over TLS, for the tests of the network."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cutlayer import Run
 from cutlayer.options import RunConfig, read_toml
 from cutlayer.remote.certs import make_ca, make_certificate
 
-PATHS = [Path(__file__).parents[1] / "hostile"]  # of programs that are not Cutlayer's
-PATIENCE = 100.0  # seconds for anything here
+PATHS = [Path(__file__).parents[1] / "hostile"]  # programs that are not part of Cutlayer
+PATIENCE = 100.0  # seconds for any one thing
 CONFIG = """algorithm = "{algorithm}"
 data = "digits"
 model = "mlp"
@@ -30,10 +30,11 @@ batch = 10
 
 
 class Trial:
-    """A folder with certificates and a configuration, and the processes started in it. `config`: the run's, as TOML;
-    `clients`: how many have a certificate; `host`: the server's address, this machine by default; `space`: a process's
-    network namespace, by its name; `forked`: the processes are forked, which is quick; otherwise each is a Python of
-    its own from the start.
+    """A folder with certificates and a configuration, and the processes started in it.
+
+    `config`: the run's configuration as TOML. `clients`: how many clients have a certificate. `host`: the server's
+    address, this machine by default. `space`: the network namespace of a process, by the process's name. `forked`:
+    whether to fork the processes, which is quick; otherwise each starts its own Python.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Trial:
         self.processes: list[Any] = []
 
     def start(self, name: str, *words: str) -> Any:
-        """A process that runs `cutlayer WORDS` with the configuration."""
+        """Start a process that runs `cutlayer WORDS` with the configuration."""
         argv = [*words, "--config", "c.toml"]
         with (self.folder / f"{name}.log").open("ab") as log:
             if self.forked:
@@ -82,7 +83,7 @@ class Trial:
         return self.start(f"client-{k}", "join", self.reached, "--client", f"client-{k}", *tls, *more, "--folder", "c")
 
     def attack(self, *words: str, name: str = "hostile") -> Any:
-        """A hostile client, with its own certificate: the program `hostile_clients` with these words."""
+        """Start a hostile client with its own certificate: the program `hostile_clients` with these words."""
         with (self.folder / f"{name}.log").open("ab") as log, (self.folder / f"{name}.out").open("ab") as out:
             argv = [self.address, "c.toml", "ca", *words]
             process = processes.start(
@@ -92,7 +93,7 @@ class Trial:
         return process
 
     def events(self, *happened: str) -> list[dict[str, Any]]:
-        """What the server's record says of these, in order; all where none are named."""
+        """Events of these kinds from the server's record, in order, or all events if no kind is given."""
         path = self.folder / "run" / "events.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         found = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -20,7 +20,7 @@ WORDS: dict[type[m.Message], set[str]] = {
     m.GradientUp: {"gradients"},
 }
 PLAIN = {m.Settled, m.EvaluationRows, m.Saved}
-"""What is done with every algorithm, and tells nothing of what is trained on."""
+"""Answers that clients give in every algorithm, and that reveal nothing about the training data."""
 
 
 @pytest.mark.parametrize("name", [a for a in ALGORITHMS if a != "cl"])
