@@ -1,4 +1,4 @@
-"""Data sets that are read when batches need them: the same results as in memory, wherever that is done."""
+"""Data sets that are read when batches need them give the same results as data in memory, in any process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEVER: dict[str, Any] = {"data_in_memory": "never"}
 
 
 class Items(torch.utils.data.Dataset[Any]):
-    """Items that `make` makes of their numbers; `read` are the numbers that were asked for in this process."""
+    """A data set whose items are `make(n)`. `read` lists the numbers that this process asked for."""
 
     def __init__(self, count: int, make: Callable[[int], Any] = lambda n: (X[n], Y[n])) -> None:
         self.count, self.make, self.read = count, make, list[int]()
@@ -48,7 +48,7 @@ class Items(torch.utils.data.Dataset[Any]):
 
 
 def jittered(n: int) -> tuple[Tensor, int]:
-    """A random transform, which draws from all three global generators."""
+    """A random transform that draws from all three global generators."""
     return torch.from_numpy(X[n]) + torch.randn(6) + np.random.rand() + random.random(), Y[n]
 
 
@@ -67,7 +67,7 @@ def figures(result: Result) -> tuple[Any, ...]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two samples hold the same, all rows of them."""
+    """Whether all rows of two samples are equal."""
     every = slice(0, len(a))
     return all(map(torch.equal, (*a[every].rows, a.y), (*b[every].rows, b.y)))
 
@@ -116,14 +116,14 @@ def test_a_deployment_gives_what_a_simulation_gives(make: Callable[[int], Any]) 
 
 
 def test_processes_read_the_same_and_end() -> None:
-    """Also what an item refuses in a worker process arrives as one sentence."""
+    """The processes end with the run, and an item's error in a worker process arrives as one sentence."""
     data = (Items(40, jittered), Items(12))
     here = run(data, **NEVER).run()
     data[0].read.clear()
     there = run(data, data_workers=2, **NEVER)
     assert len(multiprocessing.active_children()) == 2
     assert figures(there.run()) == figures(here)
-    assert set(data[0].read) == {0}  # this process has only looked at the form
+    assert set(data[0].read) == {0}  # this process has read one item, to learn its form
     assert multiprocessing.active_children() == []
     ragged = Items(40, lambda n: (X[n][: 6 - (n == 7)], Y[n]))
     source = from_dataset(ragged, data_workers=2, **NEVER)
@@ -133,7 +133,7 @@ def test_processes_read_the_same_and_end() -> None:
 
 
 class Counted:
-    """Makes items with a random transform; `count` says how many, in all processes together."""
+    """Makes items with a random transform and counts them over all processes."""
 
     def __init__(self) -> None:
         self.count = multiprocessing.Value("l", 0)
@@ -149,7 +149,7 @@ class Counted:
     [("psl", "local"), ("psl", "stacked"), ("ssl", "local"), ("fl", "local"), ("cse-fsl", "local")],
 )
 def test_what_is_read_ahead_is_what_is_trained_on(algorithm: str, engine: str) -> None:
-    """Bit for bit what this process reads itself, and not an item more."""
+    """Equal bit for bit to reading in this process, and no item is read in vain."""
     runs = []
     for workers in (0, 2):
         items = Counted()
@@ -172,14 +172,14 @@ def test_batches_are_foreseen_as_they_are_drawn() -> None:
                 assert torch.equal(found, expected)
                 assert epochs.tolist() == same.epochs([k], sizes, clocks).tolist()
         assert foreseen == []
-        for k, often in ((0, 4), (2, 4), (1, 2)):  # the same after drawing as before
+        for k, often in ((0, 4), (2, 4), (1, 2)):  # the same batches as were foreseen
             for _ in range(often):
                 batches.draw([k])
     assert batches.state() == same.state()
 
 
 class Rung:
-    """Answers numbers by their squares, and rings for each; 7 is its end."""
+    """Answers a number with its square and rings a bell for each number. At 7, the process ends."""
 
     def __init__(self) -> None:
         self.bells = [multiprocessing.Event() for _ in range(8)]
@@ -192,12 +192,12 @@ class Rung:
 
 
 def test_workers_answer_before_anybody_waits() -> None:
-    """And in whatever order answers are taken: what is needed now comes before what was requested in advance."""
+    """A request that is needed now is answered before those that were made in advance, in any order."""
     rung = Rung()
     reader = ReadAhead(rung, 1)
     reader.ask([1, 2, 3, 4, 6])
     assert all(rung.bells[number].wait(60) for number in (1, 2))
-    assert not rung.bells[4].is_set()  # two at a time, until one is taken
+    assert not rung.bells[4].is_set()  # two at a time until an answer is taken
     assert reader.take(5) == 25
     assert not rung.bells[6].is_set()
     assert [reader.take(number) for number in (2, 1)] == [4, 1]
@@ -271,7 +271,7 @@ def test_the_free_memory_is_known_here() -> None:
 
 
 def test_targets_are_taken_from_where_a_data_set_holds_them() -> None:
-    """Its attribute, if that is what the items have; what is part of a data set has its part of them."""
+    """An attribute of the data set is used if its values are those of the items, also for subsets."""
 
     def with_targets(**attributes: Any) -> Any:
         items = Items(60)
@@ -288,7 +288,7 @@ def test_targets_are_taken_from_where_a_data_set_holds_them() -> None:
     assert set(known.read) == {0, 30, 59}
     assert "targets are those of its attribute 'targets'" in source.account
     assert equal(source, from_dataset(Items(60)))
-    named = with_targets(labels=[str(y) for y in Y])  # items have numbers: they are read
+    named = with_targets(labels=[str(y) for y in Y])  # items have numbers instead, so they are read
     assert set(from_dataset(named, **NEVER).train.items._fetch.parts["train"].read) == set(range(60))
     short = with_targets(targets=Y[:5])
     assert "attribute" not in from_dataset(short, **NEVER).account
@@ -309,7 +309,7 @@ def test_a_list_of_data_sets_is_one_for_each_client() -> None:
 
 
 def test_by_reference(tmp_path: Path) -> None:
-    """In a file of the user's own; all of them for a client alone."""
+    """By reference to a file of the user's own. A client alone has all items."""
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n\n\nclass Mine:\n    def __len__(self):\n        return 30\n\n"
         "    def __getitem__(self, n):\n        return np.full(6, n, np.float32), n % 4\n"

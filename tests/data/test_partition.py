@@ -16,7 +16,7 @@ from cutlayer.data import Partition, class_counts, partition
 from cutlayer.data.partitions.dirichlet import Dirichlet
 from cutlayer.errors import ConfigError, DataError
 
-# the registries are read in the first example, which would miss any deadline
+# The first example reads the registries, which would exceed any deadline.
 settings.register_profile("partition", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 quick = settings(settings.get_profile("partition"), max_examples=25)
 brisk = settings(settings.get_profile("partition"), max_examples=100)
@@ -24,7 +24,7 @@ brisk = settings(settings.get_profile("partition"), max_examples=100)
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
-    """Labels [n] of any distribution, a number of clients up to n (at most 12), a seed."""
+    """Labels [n] of any distribution, a number of clients (at most n and 12), and a seed."""
     rows = draw(st.integers(1, 120))
     classes = draw(st.integers(1, 6))
     weights = np.array(draw(st.lists(st.floats(0.01, 1), min_size=classes, max_size=classes)))
@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
 
 
 def dealt_right(parts: list[np.ndarray], rows: int, clients: int) -> None:
-    """Disjoint, complete, no client empty, ascending, int64."""
+    """Checks that parts are disjoint, complete, not empty, in ascending order and of type int64."""
     assert len(parts) == clients
     assert all(len(part) > 0 and part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows))
@@ -44,7 +44,7 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 
 def attempt(labels: np.ndarray, clients: int, how: str, **options: object) -> list[np.ndarray] | None:
-    """The partition, or None where the refusal says which client would stay empty."""
+    """The partition, or None if it is refused. Checks that the error names the client that would have no rows."""
     try:
         return partition(labels, clients, how, **options)  # type: ignore[arg-type]
     except DataError as error:
@@ -97,7 +97,7 @@ def test_shards_deals_every_row_once(case: tuple[np.ndarray, int, int], each: in
         return
     dealt_right(parts, len(labels), clients)
     assert max(map(len, parts)) - min(map(len, parts)) <= each  # shards differ by at most one sample
-    # a client's rows lie in `each` runs of the label-sorted samples: it sees few classes
+    # A client's rows are `each` runs of the samples sorted by label, so it has few classes.
     held = (class_counts(labels, parts, int(labels.max()) + 1) > 0).sum(1)
     boundaries = len(np.unique(labels)) - 1
     assert held.max() <= each + boundaries
@@ -160,7 +160,7 @@ def test_the_global_random_state_is_neither_read_nor_moved(how: str) -> None:
 
 def test_small_alpha_skews_more_than_large() -> None:
     def skew(alpha: float) -> float:
-        """Mean over clients and seeds of the distance between a client's class shares and even ones (0 to 1.8)."""
+        """Mean distance between a client's class shares and equal shares, over clients and seeds (0 to 1.8)."""
         distances = []
         for seed in range(5):
             counts = class_counts(LABELS, partition(LABELS, 5, "dirichlet", seed=seed, dirichlet_alpha=alpha), 10)
@@ -172,7 +172,7 @@ def test_small_alpha_skews_more_than_large() -> None:
 
 
 def test_dirichlet_shares_have_the_expected_mean_and_variance() -> None:
-    # A share of a class is Beta(a, (C-1)a): mean 1/C = .25, variance (C-1)/(C^2 (C a + 1)) = 3/(16 * 3) = .0625
+    # A share of a class is Beta(a, (C-1)a): mean 1/C = 0.25, variance (C-1)/(C^2 (C a + 1)) = 3/(16 * 3) = 0.0625
     labels = np.repeat(np.arange(10), 400)
     shares = np.concatenate(
         [
@@ -181,7 +181,7 @@ def test_dirichlet_shares_have_the_expected_mean_and_variance() -> None:
         ]
     )
     assert abs(shares.mean() - 0.25) < 1e-12
-    assert abs(shares.var() - 0.0625) < 0.01  # 800 shares: standard error about .003
+    assert abs(shares.var() - 0.0625) < 0.01  # 800 shares: standard error about 0.003
 
 
 def test_shards_that_divide_evenly_give_each_client_few_classes() -> None:
@@ -196,7 +196,7 @@ def test_shards_that_divide_evenly_give_each_client_few_classes() -> None:
     ("quantity", "expected"),
     [
         ("linear", [100, 200, 300]),
-        ("square", [42, 171, 387]),  # 600 k^2 / 14, rounded down, the rest to the last
+        ("square", [42, 171, 387]),  # 600 k^2 / 14, rounded down; the last client has the rest
         ("exponential", [54, 146, 400]),  # 600 e^k / (e + e^2 + e^3)
     ],
 )
@@ -270,13 +270,13 @@ def test_so_many_clients_that_their_exponential_overflows() -> None:
 
 @pytest.fixture(scope="module")
 def flower() -> Any:
-    """The partitioners of flwr-datasets, which takes seconds to import."""
+    """The partitioners of flwr-datasets. The import takes seconds."""
     pytest.importorskip("datasets", reason="the extra cutlayer[datasets] is not installed")
     return pytest.importorskip("flwr_datasets.partitioner", reason="the extra cutlayer[datasets] is not installed")
 
 
 def theirs(partitioner: Any, clients: int, **columns: np.ndarray) -> list[list[int]]:
-    """The column `row` of each client, as flwr-datasets deals it."""
+    """The column `row` of each client in the partition of flwr-datasets."""
     import datasets
 
     partitioner.dataset = datasets.Dataset.from_dict(columns)
@@ -284,13 +284,13 @@ def theirs(partitioner: Any, clients: int, **columns: np.ndarray) -> list[list[i
 
 
 def ours(how: str, clients: int, seed: int, labels: np.ndarray, order: np.ndarray, **options: Any) -> list[list[int]]:
-    """The rows of each client in the order in which the scheme deals them."""
+    """The rows of each client in the scheme's order."""
     scheme = plugins.load("partition", how).of(options)
     return [np.asarray(part).tolist() for part in scheme.deal(labels, order, clients, seed, None)]
 
 
 def random_case(n: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray, int]:
-    """Labels of any distribution, the rows to deal (all or some), a number of clients."""
+    """Labels of any distribution, the rows to deal (all or some), and a number of clients."""
     rng = np.random.default_rng(n)
     rows = int(rng.integers(5, 400))
     labels = rng.choice(int(rng.integers(1, 12)), rows) * int(rng.integers(1, 4)) - 1
@@ -340,7 +340,7 @@ def test_column_deals_what_flwr_datasets_deals(flower: Any, n: int, capfd: pytes
     assert [part.tolist() for part in partition(labels, clients, "column", seed=n, client_column=owner)] == expected
 
 
-# --- of the user's own, and options ------------------------------------------------------------------------------
+# --- partitions of the user's own, and options -------------------------------------------------------------------
 
 OWN = """
 import numpy as np
@@ -384,7 +384,7 @@ class Plain:
 
 @pytest.fixture
 def own(tmp_path: Path) -> str:
-    """The file of the user's own partitions."""
+    """A file with the user's own partitions."""
     (tmp_path / "deals.py").write_text(OWN)
     return str(tmp_path / "deals.py")
 

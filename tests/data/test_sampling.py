@@ -1,4 +1,4 @@
-"""How many rows clients bring to a step: shares and blocks by hand, and the same on every engine."""
+"""The number of rows that clients bring to a step: shares and blocks by hand, and equal results of all engines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = [11, 3, 7]
 
 @given(COUNTS, st.integers(1, 9))
 def test_proportional_shares(samples: list[int], batch: int) -> None:
-    """C x b rows together (or all that there are), one for each client at least, each within a row of its share."""
+    """C x b rows in total (or all rows), at least one per client, and less than one row away from the exact share."""
     sizes = proportional(samples, batch)
     total = min(len(samples) * batch, sum(samples))
     assert sizes.sum() == total
@@ -44,7 +44,7 @@ def test_proportional_shares(samples: list[int], batch: int) -> None:
 
 @given(COUNTS, st.integers(1, 9), st.integers(0, 3))
 def test_blocks_deal_every_row_once(samples: list[int], batch: int, index: int) -> None:
-    """In each epoch; all blocks but the last have C x b rows, and no block is empty."""
+    """In each epoch, all blocks except the last have C x b rows, and no block is empty."""
     steps = per_epoch(samples, batch)
     drawn = [block for block, _ in zip(blocks(samples, batch, 0, index), range(2 * steps), strict=False)]
     for epoch in (drawn[:steps], drawn[steps:]):
@@ -54,7 +54,7 @@ def test_blocks_deal_every_row_once(samples: list[int], batch: int, index: int) 
 
 
 def test_turns() -> None:
-    """Together clients sit out the steps to which they bring nothing; one by one each goes on by itself."""
+    """In a common step, clients without rows are left out. Clients that work separately go on to their next rows."""
     turns = Turns({0: [2, 0, 1], 4: [0, 0, 3]})
     assert turns.batches == {0: 2, 4: 1}
     found = []
@@ -69,7 +69,7 @@ def test_turns() -> None:
 
 @pytest.mark.parametrize("sizes", [[4, 3, 3], [6, 9], [10, 10]])
 def test_rows_are_those_of_the_epochs_whatever_the_batches(sizes: list[int]) -> None:
-    """A batch may hold the end of an epoch and the beginning of the next; every row knows its epoch."""
+    """A batch may contain the end of an epoch and the beginning of the next. The epoch of each row is known."""
     given, fixed = Batches([np.arange(10)], 3, 7), Batches([np.arange(10)], 10, 7)
     order = torch.cat([fixed.draw([0])[0] for _ in range(2)])[: sum(sizes)]
     found, epochs = [], []
@@ -87,12 +87,12 @@ def test_rows_are_those_of_the_epochs_whatever_the_batches(sizes: list[int]) -> 
 
 @pytest.mark.parametrize(("algorithm", "options"), [("psl", {}), ("fl", {}), ("sflv1", {"local_steps": 3})])
 def test_proportional_on_every_engine(algorithm: str, options: dict[str, Any]) -> None:
-    """With everything that has state, and with resuming."""
+    """The general checks, also with local steps."""
     check_algorithm(algorithm, sampling="proportional", one_client_is_sgd=not options, **options)
 
 
 def noisy() -> nn.Module:
-    """With dropout, whose masks are named by batches."""
+    """A model with dropout, whose masks are derived from the names of batches."""
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
@@ -113,7 +113,7 @@ def states(run: Run) -> list[dict[str, torch.Tensor]]:
     ],
 )
 def test_global_on_every_engine(algorithm: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Local, stacked where it can, remote, and a run that is interrupted and resumed."""
+    """Local, stacked (except SSL), remote, and a run that is interrupted and resumed."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     common: dict[str, Any] = {**cut, **options, "sampling": "global", "rounds": 3, "client_optimizer": "adam"}
     local = train(algorithm, make(noisy), SIZES, (6,), **common)
@@ -139,7 +139,7 @@ def test_global_on_every_engine(algorithm: str, options: dict[str, Any], tmp_pat
 
 
 def test_global_is_one_union_step() -> None:
-    """FedAvg with one local step; a client may have no rows in it."""
+    """FedAvg with one local step. A client may have no rows in a step."""
     runs = [
         train("fl", make(mlp), SIZES, (6,), sampling="global", local_steps=1, rounds=9, batch=1, engine=engine)
         for engine in ("local", "auto")
@@ -149,7 +149,7 @@ def test_global_is_one_union_step() -> None:
 
 
 def test_steps_of_a_round() -> None:
-    """Global and proportional sampling end together; with fixed batches the largest client ends alone."""
+    """With global and proportional sampling, clients end together. With fixed batches, the largest ends alone."""
     counted = {}
     for sampling in ("fixed", "proportional", "global"):
         run = train("psl", make(mlp), [24, 6, 6], (6,), cut="2", sampling=sampling, rounds=1)
@@ -161,7 +161,7 @@ def test_steps_of_a_round() -> None:
 
 
 def test_the_clock_knows_the_rows_of_local_training() -> None:
-    """FLOPs of local training are those of the rows that were trained on."""
+    """The FLOPs of local training are those of the rows, for each kind of sampling."""
     fleet = {"client_device": "raspberry-pi-4", "up_mbps": 1.0, "down_mbps": 1.0}
     joules = set()
     for sampling in ("fixed", "proportional", "global"):
@@ -173,7 +173,7 @@ def test_the_clock_knows_the_rows_of_local_training() -> None:
 
 
 def test_what_is_refused() -> None:
-    """Starved clients are reported; kept features need batches that repeat; single rows need a suitable model."""
+    """Starved clients cause a warning. Kept features need batches that repeat, single rows a suitable model."""
     with pytest.warns(CutlayerWarning, match=r"leaves client 1 \(1 of 41 samples\) less than one row of a step's 8"):
         train("psl", make(mlp), [40, 1], (6,), cut="2", sampling="proportional", rounds=1)
     with pytest.raises(ConfigError, match="cache_features is not possible with sampling = 'global'"):
@@ -186,7 +186,7 @@ def test_what_is_refused() -> None:
 
 
 def test_a_client_draws_no_more_rows_than_a_round_has() -> None:
-    """Whatever the server asks for; and the server takes no batch of another size than it asked for."""
+    """A client refuses requests for too many rows, and the server refuses a batch of a size that it did not request."""
     options: dict[str, Any] = {"algorithm": "psl", "clients": 2, "model": "mlp", "samples_per_client": 20, "batch": 5}
     worker = worker_of(RunConfig.of({**options, "sampling": "global"}), 0, name="client-0")
 

@@ -1,4 +1,4 @@
-"""Sources: every format read from files made here; splits disjoint, seeded and stratified; errors with a remedy."""
+"""Sources: every format, with files made here; disjoint, seeded and stratified splits; errors with a remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 
 
 def refused(call: Callable[[], object], *words: str, error: type[CutlayerError] = DataError) -> None:
-    """`call` raises `error`, and the message holds every one of `words`."""
+    """Checks that `call` raises `error`, with all `words` in its message."""
     with pytest.raises(error) as caught:
         call()
     for word in words:
@@ -37,12 +37,12 @@ def refused(call: Callable[[], object], *words: str, error: type[CutlayerError] 
 
 
 def ids(source: Source) -> tuple[list[float], list[float], list[float]]:
-    """The first feature of every sample of each part: the tests make it unique."""
+    """The first feature of every sample of each part, which tests make unique."""
     return tuple(part.x.flatten(1)[:, 0].tolist() for part in (source.train, source.validation, source.test))  # type: ignore[return-value]
 
 
 def disjoint(source: Source, total: int) -> None:
-    """The parts share no sample, lose none, and are well-formed."""
+    """Checks that the parts share no sample, lose none, and are well-formed."""
     every = list(itertools.chain(*ids(source)))
     assert len(every) == len(set(every)) == total
     for part in (source.train, source.validation, source.test):
@@ -78,7 +78,7 @@ def test_splits_are_disjoint_complete_and_seeded(
     y = np.arange(rows) % classes
     source = from_arrays(x, y, validation=validation, test=test, seed=seed)
     disjoint(source, rows)
-    for part in (source.train, source.validation, source.test):  # labels and owners stay with their inputs
+    for part in (source.train, source.validation, source.test):  # labels stay with their inputs
         assert torch.equal(part.y, part.x[:, 0].long() % classes)
     held = int(test) if test >= 1 else max(1, round(test * rows))
     assert len(source.test) == held
@@ -290,7 +290,7 @@ def test_npz_of_one_part(tmp_path: Path) -> None:
     assert source.name == "data"
     assert source.client_column is not None
     assert source.client_column.tolist() == [int(at) % 5 for at in ids(source)[0]]
-    assert torch.equal(source.train.x[:, 1], source.train.x[:, 0] * 2)  # taken as they are
+    assert torch.equal(source.train.x[:, 1], source.train.x[:, 0] * 2)  # values are not scaled
 
 
 def test_npz_with_its_own_parts(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_csv_is_standardised_by_the_training_part(tmp_path: Path, separator: str
     assert source.train.x.shape[1:] == (2,)
     assert torch.allclose(source.train.x.mean(0), torch.zeros(2), atol=1e-6)
     assert torch.allclose(source.train.x.std(0, correction=0), torch.ones(2), atol=1e-6)
-    # the same line, in all parts: age and its rank agree
+    # Age and its rank lie on the same line in all parts.
     ages = sorted(itertools.chain(*ids(source)))
     assert np.allclose(np.diff(ages), ages[1] - ages[0], atol=1e-5)
     age = [round((value - ages[0]) / (ages[1] - ages[0])) for value in ids(source)[0]]
@@ -416,7 +416,7 @@ def test_csv_is_standardised_by_the_training_part(tmp_path: Path, separator: str
 def test_csv_constant_columns_become_zero_and_whole_labels_are_numbers(tmp_path: Path) -> None:
     rows: list[list[object]] = [[n, 0.1, n % 3, [10, 9][n % 2]] for n in range(40)]
     source = load(table(tmp_path, rows))
-    assert source.class_names == ("9", "10")  # as numbers, not as words
+    assert source.class_names == ("9", "10")  # sorted as numbers, not as words
     assert source.train.x.shape[1:] == (3,)
     assert torch.all(source.train.x[:, 1] == 0)
     assert torch.isfinite(source.test.x).all()
@@ -513,7 +513,7 @@ def test_csv_owners_keep_their_names(tmp_path: Path) -> None:
     plain = load(
         table(tmp_path, [[n, 9 + n % 3, "ab"[n % 2]] for n in range(60)], "x,site,label"), client_column="site"
     )
-    assert plain.owner_names == ("9", "10", "11")  # all are written as integers: in their order
+    assert plain.owner_names == ("9", "10", "11")  # all are integers, so they are sorted as numbers
 
 
 def test_csv_labels_keep_their_names(tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_csv_labels_keep_their_names(tmp_path: Path) -> None:
     source = load(table(tmp_path, [[n, names[n % 3]] for n in range(60)], "x,label"))
     assert source.class_names == ("01", "1", "1e1")
     source = load(table(tmp_path, [[n, f"{n % 3}.0"] for n in range(60)], "x,label"))
-    assert source.class_names == ("0", "1", "2")  # as pandas writes integers once a value was missing
+    assert source.class_names == ("0", "1", "2")  # pandas writes integers like this if a value is missing
 
 
 def test_csv_index_that_pandas_saved_is_not_a_feature(tmp_path: Path) -> None:
@@ -532,7 +532,7 @@ def test_csv_index_that_pandas_saved_is_not_a_feature(tmp_path: Path) -> None:
         assert f"ignored the column {first!r} (a saved index)" in source.account
     named = [[f"patient {n}", n * n / 7, "ab"[n // 30]] for n in range(60)]
     assert load(table(tmp_path, named, ",noise,label")).preprocessing["columns"] == [{"name": "noise"}]
-    counted = [[60 - n, n * n / 7, "ab"[n // 30]] for n in range(60)]  # a name that pandas gives, but no count
+    counted = [[60 - n, n * n / 7, "ab"[n // 30]] for n in range(60)]  # named like an index, but not a count
     assert len(load(table(tmp_path, counted, "Unnamed: 0,noise,label")).preprocessing["columns"]) == 2
     refused(lambda: load(table(tmp_path, counted, "noise,,label")), "column 2", "no name")
     trailing = [[n, "ab"[n % 2], ""] for n in range(60)]
@@ -623,7 +623,7 @@ def test_csv_missing_values_are_filled_in_if_asked(tmp_path: Path) -> None:
         else:
             assert filled in (2.0, 2.5, 3.0)
         both = torch.cat([source.train.x, source.test.x])
-        assert int((both[:, 1:].sum(1) == 0).sum()) == 1  # the row without a colour is in no category
+        assert int((both[:, 1:].sum(1) == 0).sum()) == 1  # a row without a colour is in no category
     empty = [["", n, "ab"[n % 2]] for n in range(20)]
     refused(lambda: load(table(tmp_path, empty, "x,n,label"), impute="mean"), "'x'", "no value", "ignore_columns")
 
@@ -636,7 +636,7 @@ def idx(array: np.ndarray, code: int = 8) -> bytes:
 
 
 def idx_folder(folder: Path, gzipped: bool = True) -> np.ndarray:
-    """Twenty training pictures of 3 x 4 and six test pictures, two classes; returns the pictures."""
+    """Files with twenty training pictures of 3 x 4 and six test pictures in two classes. Returns the pictures."""
     pictures = np.arange(26, dtype=np.uint8)[:, None, None] * np.ones((3, 4), np.uint8)
     labels = (np.arange(26) % 2).astype(np.uint8)
     for prefix, part in (("train", slice(0, 20)), ("t10k", slice(20, 26))):
@@ -767,7 +767,7 @@ def test_images_with_a_folder_beside_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grey", [0, 5, 9])
 @pytest.mark.parametrize("place", ["red", "green"])
 def test_images_have_colour_as_soon_as_one_has(tmp_path: Path, grey: int, place: str) -> None:
-    """Both colours are the same grey: what they look like must not depend on the first picture."""
+    """Both colours have the same grey, so the result must not depend on the first picture."""
     for name, colour in (("red", (255, 0, 0)), ("green", (0, 130, 0))):
         for n in range(10):
             (tmp_path / name).mkdir(exist_ok=True)
@@ -798,7 +798,7 @@ def test_images_are_turned_upright(tmp_path: Path) -> None:
         (tmp_path / "ab"[n % 2]).mkdir(exist_ok=True)
         turned = n in (3, 4, 5)
         exif = Image.Exif()
-        exif[0x0112] = 6 if turned else 1  # as a camera writes that was held upright: to be turned clockwise
+        exif[0x0112] = 6 if turned else 1  # of a camera held upright: to be turned clockwise
         (made.transpose(Image.Transpose.ROTATE_90) if turned else made).save(
             tmp_path / "ab"[n % 2] / f"{n:02}.png", exif=exif
         )
@@ -911,7 +911,7 @@ def test_huggingface_parquet(tmp_path: Path) -> None:
     assert len(source.test) == 6
     only = load(
         str(tmp_path / "set" / "data" / "test-00000-of-00001.parquet"), test=1
-    )  # alone, it is the training part
+    )  # a single file is the training part
     disjoint(only, 6)
 
 
@@ -1031,7 +1031,7 @@ def test_huggingface_that_cannot_be_read(tmp_path: Path) -> None:
 @needs_datasets
 def test_without_the_package_datasets_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hugging().save_to_disk(str(tmp_path / "set"))
-    monkeypatch.setitem(sys.modules, "datasets", None)  # what makes Python not find a module
+    monkeypatch.setitem(sys.modules, "datasets", None)  # makes Python not find the module
     refused(lambda: load(str(tmp_path / "set")), "pip install 'cutlayer[datasets]'")
 
 
@@ -1078,7 +1078,7 @@ def test_dataset_of_pairs_that_cannot_be_read() -> None:
     refused(lambda: from_dataset(Pairs([good]), label_column="y"), "label_column='y'", "no effect", error=ConfigError)
 
 
-# --- of the user's own -------------------------------------------------------------------------------------------
+# --- data of the user's own --------------------------------------------------------------------------------------
 
 OWN = """
 import numpy as np
@@ -1157,7 +1157,7 @@ def greedy(folder):
 
 @pytest.fixture
 def own(tmp_path: Path) -> str:
-    """The file of the user's own things."""
+    """A file with the user's own formats and data."""
     (tmp_path / "own.py").write_text(OWN)
     return str(tmp_path / "own.py")
 
@@ -1230,7 +1230,7 @@ def test_a_format_of_ones_own(own: str, tmp_path: Path) -> None:
 
 
 def test_detection_asks_every_format(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those of installed packages."""
+    """Formats of installed packages are asked, too."""
     path = tmp_path / "numbers.lines"
     path.write_text("\n".join(map(str, range(40))))
     refused(lambda: load(str(path)), "not recognised", "npz")
@@ -1361,17 +1361,17 @@ def test_an_item_that_fails_is_named() -> None:
     refused(lambda: from_memory(data), "item 3", "OSError: no such scan", error=ConfigError)
 
 
-# --- the same done to new rows ---------------------------------------------------------------------------------
+# --- new rows are prepared in the same way ---------------------------------------------------------------------
 
 
 def kept(source: Source) -> dict[str, Any]:
-    """What a run's folder says."""
+    """The preprocessing as stored in a run's folder."""
     told: dict[str, Any] = json.loads(json.dumps(source.described()))["preprocessing"]
     return told
 
 
 def same_rows(a: torch.Tensor, source: Source) -> None:
-    """The rows are those of the source's parts, in some order."""
+    """Checks that the rows are those of the source's parts, in any order."""
     b = torch.cat([source.train.x, source.validation.x, source.test.x]).flatten(1)
     a = a.flatten(1)
     assert a.dtype == b.dtype
@@ -1534,7 +1534,7 @@ def test_the_account_says_what_was_used() -> None:
 
 
 def test_arrays_of_each_client() -> None:
-    """A list of (x, y), or a dictionary of them by name: the same as all rows with their owners."""
+    """A list of (x, y), or a dictionary of them by name, gives the same as all rows with their owners."""
     x, y = torch.randn(60, 3, dtype=torch.float64), torch.arange(60) % 2
     parts = [(x[:20], y[:20]), (x[20:], y[20:])]
     numbered = from_memory(parts, seed=3)

@@ -1,4 +1,4 @@
-"""Rows are held out as scikit-learn's function holds them out, to the last row."""
+"""Held-out rows are exactly those that scikit-learn's function holds out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cutlayer.data.stratified import held_out
 def by_the_library(rows: int, count: int, classes: np.ndarray | None, state: int) -> np.ndarray:
     try:
         _, held = train_test_split(np.arange(rows), test_size=count, random_state=state, stratify=classes)
-    except ValueError:  # a class has too few samples to be in both halves
+    except ValueError:  # a class has too few samples to be in both parts
         _, held = train_test_split(np.arange(rows), test_size=count, random_state=state)
     return np.sort(held)
 

@@ -1,4 +1,4 @@
-"""Text: what becomes of documents, answers and conversations, and whose the rows are."""
+"""Text: rows and targets from documents, answers and conversations, and the owners of rows."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ SPLIT: dict[str, Any] = {"validation": 0, "test": 1}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One token for each word."""
+    """A tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     own = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
@@ -60,7 +60,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def said(ids: Any) -> str:
-    """The words of tokens; what is not learnt is a dot."""
+    """The words of tokens, with dots for tokens that are not learnt."""
     return " ".join("." if i == IGNORED else WORDS[i] for i in torch.as_tensor(ids).flatten().tolist())
 
 
@@ -96,7 +96,7 @@ def test_documents_of_a_text(tokenizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_are_filled_up_on_either_side(tokenizer: str, tmp_path: Path, side: str) -> None:
-    """On the left, a model is told which places are padding; on the right, none of its tokens attend to them."""
+    """With padding on the left, the model needs a mask. On the right, no token attends to padding."""
     data = lines(tmp_path / "t.jsonl", [{"text": "a b c"}, {"text": "d e f g h"}])
     found = whole(data, tokenizer, sequence_length=4, packing="padded", padding_side=side).train
     if side == "right":
@@ -204,7 +204,7 @@ def test_every_token_that_is_learnt_is_a_target_once(
 
 
 def test_a_run_on_text(tokenizer: str, tmp_path: Path) -> None:
-    """The tokenizer is that of the model's folder; the same rows come from memory."""
+    """The tokenizer is taken from the model's folder. Rows from memory give the same results."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2,
