@@ -1,4 +1,4 @@
-"""Metrics and losses that are asked for: by name, from a file, and from Python."""
+"""Requested metrics and losses: by name, from a file, and from Python."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def brier(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 class Largest:
-    """As torchmetrics has them: batch after batch, then the result."""
+    """A metric like those of torchmetrics, with an update for each batch and then the result."""
 
     higher_is_better = False
 
@@ -114,7 +114,7 @@ def losses(**options: Any) -> list[float]:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_a_loss_of_ones_own_that_is_the_tasks_trains_alike(engine: str) -> None:
-    """Per row, or as a mean that is taken row by row."""
+    """The user's loss may return a loss per row, or a mean, which is then computed row by row."""
     known = losses(engine=engine)
     assert losses(engine=engine, loss=nn.CrossEntropyLoss(reduction="none")) == pytest.approx(known, rel=1e-5)
     assert losses(engine=engine, loss=nn.CrossEntropyLoss()) == pytest.approx(known, rel=1e-5)

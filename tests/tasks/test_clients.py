@@ -1,4 +1,4 @@
-"""Whose model is judged, on which rows, how clients differ, and how often."""
+"""Which models are judged, on which rows and how often, and how clients differ."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_how_clients_differ() -> None:
 
 
 def test_how_clients_differ_over_the_classes() -> None:
-    """Means 0.4, 0.5 and 0.2; the best are 0.5, 0.4 and 0.0 above them; no client has samples of the last class."""
+    """Means are 0.4, 0.5 and 0.2. The best clients are 0.5, 0.4 and 0.0 better. No client has the last class."""
     recalls = [(0.1, 0.9, 0.2, None), (0.9, 0.3, None, None), (0.2, 0.3, None, None)]
     assert performance_gap(recalls) == pytest.approx((0.5 + 0.4 + 0.0) / 3)
     assert performance_gap([(0.3, 0.5)] * 4) == 0
@@ -57,7 +57,7 @@ def test_how_clients_differ_over_the_classes() -> None:
 
 
 def test_what_is_forgotten() -> None:
-    """The first class has lost 0.5 since it was best, the second has gained 0.2; the others are not known twice."""
+    """The first class has lost 0.5 since its best, and the second has gained 0.2. The others have one value each."""
     history = [(0.4, 0.1, None, 0.3), (0.9, 0.5, None, None), (0.4, 0.7, 0.8, None)]
     assert backward_transfer(history) == pytest.approx((-0.5 + 0.2) / 2)
     assert backward_transfer(history[:1]) is None
@@ -91,7 +91,7 @@ def test_every_clients_metrics_are_kept(engine: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["psl", "fl", "sflv1", "cl", "ssl"])
 def test_rows_of_ones_own(algorithm: str) -> None:
-    """They are held out from training, and every client's model is judged on its own."""
+    """Own test rows are held out from training, and every client's model is judged on its own."""
     found = {}
     for engine in ENGINES if algorithm not in ("cl", "ssl") else ["local"]:
         run = done(algorithm=algorithm, engine=engine, evaluate_on="both")
@@ -142,7 +142,7 @@ def test_too_few_rows_to_hold_some_out() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_average_and_the_ensemble(engine: str) -> None:
-    """Of the same models: the mean of their scores, the score of their mean, the score of their mean probabilities."""
+    """The score of the mean model, and the score of the mean probabilities of the same models."""
     average, together = done(engine=engine, judge="average"), done(engine=engine, judge="ensemble")
     t = together.training
     states = [{n: v.clone() for n, v in t.clients.model_state(k).items()} for k in range(3)]

@@ -1,4 +1,4 @@
-"""Comparisons of any task: all entries are judged by one metric."""
+"""Comparisons for any task, with all entries judged by one metric."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(width: int) -> Any:
 
 
 def test_a_task_and_its_options_are_compared() -> None:
-    """One task for all algorithms; and one algorithm with several losses of it."""
+    """One task for all algorithms, and one algorithm with several losses."""
     rows = Comparison(
         data=source(X[:, 0]), model=model(1), task="regression", algorithms=("fl", "psl"), loss="l1",
         **{k: v for k, v in COMMON.items() if k != "cut"},
@@ -43,7 +43,7 @@ def test_a_task_and_its_options_are_compared() -> None:
 
 
 def test_tasks_with_other_metrics_do_not_stand_in_one_table() -> None:
-    """They are refused before anything is trained; two tasks that are judged by one metric are compared."""
+    """Different metrics are refused before training. Two tasks with the same metric are compared."""
     labels = source((X[:, 0] > 0).long(), "no", "yes")
     variants = {"ranked": {"algorithm": "psl", "primary_metric": "auroc"}}
     with pytest.raises(ConfigError, match=r"'psl' is scored by accuracy and 'ranked' by auroc, .* same primary_metric"):
@@ -51,7 +51,7 @@ def test_tasks_with_other_metrics_do_not_stand_in_one_table() -> None:
     one = {"binary": {"algorithm": "psl", "task": "binary"}}
     with pytest.raises(
         ConfigError, match="one score per sample"
-    ):  # the model scores two classes, the task wants one logit
+    ):  # the model has two scores, but the task needs one logit
         Comparison(data=labels, model=model(2), algorithms=("psl",), variant=one, **COMMON).run()
     zoo = {**COMMON, "cut": "hidden1"}
     rows = Comparison(data=labels, model="mlp", algorithms=("psl",), variant=one, **zoo).run()

@@ -1,4 +1,4 @@
-"""The page on evaluation runs unchanged: its files are written, its commands and programs run."""
+"""The page on evaluation works unchanged: its files are written, and its commands and programs run."""
 
 from __future__ import annotations
 

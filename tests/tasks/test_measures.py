@@ -1,4 +1,4 @@
-"""Metrics: each equals scikit-learn's, and is None where it is not defined."""
+"""Metrics equal scikit-learn's and are None if they are not defined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cutlayer.tasks.tokens import TokenPrediction
 
 
 def judge(task: Task, outputs: Tensor, targets: Tensor, *more: str) -> dict:
-    """What the task says of one model's outputs, in chunks of seven rows."""
+    """The task's metrics of one model's outputs, computed in chunks of seven rows."""
     further = {name: as_metric(plugins.load("metric", name)) for name in more}
     samples = Samples(torch.zeros(len(targets), 1), targets)
 
@@ -61,7 +61,7 @@ def test_classes_as_scikit_learn_has_them(k: int) -> None:
 
 
 def test_how_far_classes_are_behind_the_best() -> None:
-    """3 of 4, 1 of 2, 0 of 1 are found, and no client has the last class: 0, 0.25 and 0.75 behind."""
+    """Recalls are 3 of 4, 1 of 2 and 0 of 1, so they are 0, 0.25 and 0.75 below the best. One class has no rows."""
     said, y = torch.tensor([0, 0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 0, 1, 1, 2])
     outputs = torch.nn.functional.one_hot(said, 4).float()
     assert judge(Classification(), outputs, y, "class_gap")["class_gap"] == pytest.approx((0.25 + 0.75) / 3)

@@ -1,4 +1,4 @@
-"""Samples with several input tensors: read, dealt, cut, trained on every engine, sent."""
+"""Samples with several input tensors: read, dealt, cut, trained with every engine, and sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N, T = 40, 6
 
 
 class Tagger(nn.Module):
-    """Scores for each token, from two inputs by name."""
+    """Scores for each token from two named inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_readers_keep_their_names_and_rows() -> None:
     for part in (source.train, source.validation, source.test):
         assert isinstance(part.inputs, dict)
         assert list(part.inputs) == ["input_ids", "attention_mask"]
-        # A row's tensors stay together, and with their target.
+        # A row's tensors stay together and with their target.
         assert torch.equal(torch.where(part.inputs["attention_mask"] > 0, part.inputs["input_ids"] % 5, -100), part.y)
     assert sum(map(len, (source.train, source.validation, source.test))) == N
     pair = from_arrays((np.zeros((8, 3)), np.arange(8)), np.arange(8) % 2)

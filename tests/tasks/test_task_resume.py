@@ -1,4 +1,4 @@
-"""An interrupted run of any task, resumed, ends bit for bit as if it had never been interrupted, on every engine."""
+"""After an interruption, a resumed run of any task ends bit for bit like an uninterrupted one, with every engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def case(task: str) -> tuple[Any, dict[str, Any], Source]:
-    """A model, options and data: numbers with Huber's loss, or tags without the padding."""
+    """A model, options and data: regression with Huber's loss, or tags with padding that does not count."""
     draw = torch.Generator().manual_seed(0)
     if task == "regression":
         x = torch.randn(72, 6, generator=draw)
@@ -52,7 +52,7 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("task", ["regression", "tokens"])
 def test_interrupted_on_every_engine(task: str, engine: str, tmp_path: Path) -> None:
-    """Stopped within the second of three rounds: records, evaluations and models are those of a quiet run."""
+    """Stopped in the second of three rounds: records, evaluations and models are those of an uninterrupted run."""
     model, own, data = case(task)
     options = {**own, **ENGINES[engine], "clients": 3, "partition": "column", "batch": 4, "rounds": 3}
     quiet, broken = tmp_path / "quiet", tmp_path / "broken"

@@ -1,6 +1,4 @@
-"""Tasks: their losses are torch's, every engine gives the same, and the exact identities hold where rows count
-differently.
-"""
+"""Tasks: losses equal torch's, engines agree, and the exact identities hold if rows have different weights."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ ROWS = len(OWNERS)
 
 
 class Case(NamedTuple):
-    """A task with its options, data and a model, and torch's own loss of a batch."""
+    """A task with its options, data, a model and torch's loss for a batch."""
 
     task: str
     options: dict[str, Any]
@@ -64,7 +62,7 @@ def pixels() -> nn.Module:
 
 
 def classes(count: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
-    """Integers, all of them there in the first rows."""
+    """Random labels. The first rows contain every class."""
 
     def draw(g: torch.Generator) -> Tensor:
         y = torch.randint(0, count, (ROWS, *shape), generator=g)
@@ -171,7 +169,7 @@ CASES = {
         lambda o, y: functional.cross_entropy(o[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
     ),
 }
-UNEQUAL = "ignored pixels"  # its rows count differently
+UNEQUAL = "ignored pixels"  # rows have different weights
 
 
 def source_of(case: Case, owner: Tensor = OWNERS, held: int = 8) -> Source:
@@ -212,7 +210,7 @@ def trained(case: Case, algorithm: Any, engine: str = "local", **options: Any) -
 
 @algorithm("several-tails", title="Several tails", needs={FORWARD, TAIL, BACKWARD})
 class SeveralTails(Algorithm):
-    """The tails of several U-shaped clients finish one step of the server."""
+    """In each step of the server, the tails of all U-shaped clients finish the forward pass."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One local epoch."""
@@ -224,7 +222,7 @@ class SeveralTails(Algorithm):
 
 
 def state_of(run: Run, client: int = 0) -> dict[str, Tensor]:
-    """The whole model of a client."""
+    """The whole model of a client, with the server's part."""
     clients = run.training.clients
     client = client if clients.holder is None else clients.holder
     return {**run.training.server.model.state_dict(), **clients.model_state(client)}
@@ -232,7 +230,7 @@ def state_of(run: Run, client: int = 0) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_torchs_own(name: str) -> None:
-    """The weighted mean of the row losses is what torch's loss says of the batch."""
+    """The weighted mean of the row losses is torch's loss of the batch."""
     case = CASES[name]
     task: Task = plugins.load("task", case.task).of(case.options)
     data, net = source_of(case).train, model_of(case)
@@ -247,7 +245,7 @@ def test_losses_are_torchs_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_client_is_plain_training(name: str) -> None:
-    """With one client every algorithm is SGD with torch's own loss."""
+    """With one client, every algorithm is SGD with torch's loss."""
     case = CASES[name]
     net, data = model_of(case), source_of(case).train
     run = trained(case, "cl", clients=3, rounds=1, batch=ROWS)
@@ -274,13 +272,13 @@ def test_one_client_is_plain_training(name: str) -> None:
         assert difference(state_of(one), dict(net.state_dict())) < 1e-13, other
 
 
-WEIGHTED = ("class weights", "ignored pixels", "tokens", "next token")  # rows count differently, for all algorithms
+WEIGHTED = ("class weights", "ignored pixels", "tokens", "next token")  # rows have weights, for all algorithms
 STACKED = [(name, a) for name in CASES for a in ("psl", "sflv1", "fl", *(("sglr", "sfl") if name in WEIGHTED else ()))]
 
 
 @pytest.mark.parametrize(("name", "algorithm"), STACKED)
 def test_stacked_is_local(name: str, algorithm: str) -> None:
-    """Losses, models and metrics of the fast engine are those of the obvious one."""
+    """Losses, models and metrics of the stacked engine equal those of the local engine."""
     case = CASES[name]
     slow, fast = trained(case, algorithm), trained(case, algorithm, "stacked")
     assert fast.training.engine == "stacked"
@@ -293,7 +291,7 @@ def test_stacked_is_local(name: str, algorithm: str) -> None:
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics with each of several numbers by itself."""
+    """The metrics, with lists split into single numbers."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, tuple | list):
@@ -329,7 +327,7 @@ def test_remote_is_local(name: str, algorithm: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", ["fl", "sflv1", "sfl"])
 def test_one_union_step_is_the_average(algorithm: str) -> None:
-    """With weights, too, the shortcut is what the local engine does, and FedSGD is a step on the union."""
+    """With weights, the union step equals the local engine's, and FedSGD is a step on the union batch."""
     case = CASES[UNEQUAL]
     options: dict[str, Any] = {"batch": 10, "rounds": 1}
     options |= {"average_every": "step"} if algorithm == "sfl" else {"local_steps": 1}
@@ -348,7 +346,7 @@ def test_one_union_step_is_the_average(algorithm: str) -> None:
 
 
 def test_federated_is_splitfed_with_weights() -> None:
-    """SplitFed V1 = FedAvg for any number of local steps."""
+    """SplitFed V1 equals FedAvg for any number of local steps."""
     case = CASES[UNEQUAL]
     fl, v1 = trained(case, "fl"), trained(case, "sflv1")
     assert difference(fl.training.clients.model_state(0), state_of(v1)) < 1e-13
@@ -365,7 +363,7 @@ def test_u_shaped_is_vanilla_with_weights() -> None:
 
 
 def test_own_gradients_are_of_own_weighted_means() -> None:
-    """The rows of client k are scaled by W / W_k: what is left is the gradient of the client's own mean loss."""
+    """Rows of client k are scaled by W / W_k, which gives the gradient of the client's own mean loss."""
     case = CASES[UNEQUAL]
     run = trained(case, "psl", rounds=1, batch=10)
     t = Run(run.config, model=model_of(case), data=source_of(case)).training
@@ -382,7 +380,7 @@ def test_own_gradients_are_of_own_weighted_means() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_a_step_reports_weighted_means(engine: str) -> None:
-    """Of all rows, and of each client's."""
+    """The weighted mean over all rows, and over each client's rows."""
     case, data = CASES[UNEQUAL], source_of(CASES[UNEQUAL]).train
     outputs = model_of(case)(data.x)
     wanted = [case.loss(outputs, data.y)]
@@ -406,7 +404,7 @@ def test_made_up_rows_count_as_those_of_clients() -> None:
 
 
 def test_a_row_that_counts_nothing_changes_nothing() -> None:
-    """A client none of whose rows counts gets a gradient of zero, and nothing divides by zero."""
+    """A client without rows that count has a zero gradient, without a division by zero."""
     case = CASES["tokens"]
     data = source_of(case)
     data.train.y[OWNERS == 1] = -100
@@ -433,7 +431,7 @@ def test_balanced_classes_count_by_their_frequency() -> None:
 
 
 class TwoHeads(nn.Module):
-    """A main head and an auxiliary one, as a tuple, a dictionary, or an output with names."""
+    """A model with a main and an auxiliary head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,7 +461,7 @@ def test_a_count_is_predicted_not_its_logarithm() -> None:
 
 
 def test_which_score_is_best() -> None:
-    """The largest accuracy, the smallest error; not one that is not defined."""
+    """The largest accuracy or the smallest error. Undefined scores are never the best."""
     scores = [0.5, None, math.nan, 0.8, 0.1]
     accuracy, error = (plugins.load("task", name)() for name in ("classification", "regression"))
     assert max(scores, key=accuracy.rank) == 0.8
@@ -537,7 +535,7 @@ def test_smashed_data_know_what_rows_count() -> None:
     assert rows.only(7).masses == (2.5,)
 
 
-# What labels mean
+# The meaning of labels
 
 
 def labelled(labels: list[int], model: nn.Module, **options: Any) -> Run:
