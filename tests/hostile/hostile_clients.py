@@ -1,14 +1,14 @@
-"""Clients that have certificates, say Hello as they should, and then do what a server could choke on; a program.
+"""A program: clients that have certificates and say a correct Hello, and then attack the server.
 
-`main()` with the arguments ADDRESS CONFIG CA and what to do:
+`main()` takes the arguments ADDRESS CONFIG CA and one of these jobs:
 
-- `answers PLAN`: clients that take part, and lie from one of their answers on. PLAN is JSON: {number of the client:
-  [a key of LIES, which of its answers of that kind is the first lie]}. They dial again until they are killed.
-- `frames TIMES`: client-2 answers each first request with one of FRAMES, a connection each.
-- `crowd STREAMS`: client-2 takes part honestly. Meanwhile its certificate opens so many more streams in its name, tries
-  GREETINGS, and then dials as often again as a stranger.
+- `answers PLAN`: clients take part, and lie from one of their answers on. PLAN is JSON: {number of the client: [a key
+  of LIES, the number of the first false answer of that kind]}. They keep dialling until they are killed.
+- `frames TIMES`: client-2 answers each first request with one of FRAMES, each on a new connection.
+- `crowd STREAMS`: client-2 takes part honestly. Meanwhile its certificate opens STREAMS more streams in its name, tries
+  GREETINGS, and then dials STREAMS times as a stranger.
 
-What happened is told in lines of JSON: a name, gRPC's code or the answer, the server's sentence.
+The results are lines of JSON: a name, gRPC's code or the answer, and the server's sentence.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ chance = random.Random(0)
 
 
 def rows_of(value: float) -> Callable[[Worker, Any, Any], Any]:
-    """Smashed data, or gradients of a tail, that are all this value."""
+    """Smashed data, or gradients of a tail, in which every number is this value."""
 
     def forge(worker: Worker, message: Any, body: Any) -> Any:
         tail = isinstance(message, m.TailUp)
@@ -77,12 +77,12 @@ def model_times(factor: float) -> Callable[[Worker, Any, Any], Any]:
 
 
 def endless_losses(worker: Worker, message: Any, body: Any) -> Any:
-    """Local training says that its losses are infinite."""
+    """Local training reports infinite losses."""
     return m.Fitted(message.step, [(float("inf"), rows, mass) for _, rows, mass in message.losses]), body
 
 
 def counting(mass: float) -> Callable[[Worker, Any, Any], Any]:
-    """Rows that count so much together."""
+    """Answers that claim this mass for all rows together."""
 
     def forge(worker: Worker, message: Any, body: Any) -> Any:
         if isinstance(message, m.TailUp):
@@ -93,7 +93,7 @@ def counting(mass: float) -> Callable[[Worker, Any, Any], Any]:
 
 
 class Lie(NamedTuple):
-    """What is forged: answers of one kind, or what Hello says."""
+    """A forged answer of one kind, or a false Hello."""
 
     kind: type[m.Message]
     forge: Callable[[Worker, Any, Any], Any] | None = None
@@ -120,16 +120,16 @@ class Liar:
         self._worker, self._lie, self._left = worker, lie, begin
 
     def hello(self) -> m.Hello:
-        """What it says of itself."""
+        """The Hello, which may claim a false number of samples."""
         said, samples = self._worker.hello(), self._lie.samples
         return said if samples is None else msgspec.structs.replace(said, samples=samples, mass=float(samples))
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
-        """As it should."""
+        """Handle the welcome correctly."""
         return self._worker.welcome(welcome)
 
     def handle(self, frame: Frame) -> Any:
-        """The answer, or the lie."""
+        """The true answer, or the lie."""
         answer = self._worker.handle(frame)
         if answer is None or self._lie.forge is None or not isinstance(answer[0], self._lie.kind):
             return answer
@@ -138,7 +138,7 @@ class Liar:
 
 
 class Place(NamedTuple):
-    """Where the server is, and what a client needs to talk to it."""
+    """The server's address, and what a client needs to reach it."""
 
     address: str
     config: RunConfig
@@ -148,7 +148,7 @@ class Place(NamedTuple):
         return ClientSecurity(self.ca / "ca.crt", self.ca / f"client-{k}.crt", self.ca / f"client-{k}.key")
 
     def worker(self, k: int) -> Worker:
-        """The client as it should be, with its state in a folder."""
+        """The honest client, with its state in a folder."""
         name = f"client-{k}"
         folder = self.ca.parent / "hostile-states" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ class Place(NamedTuple):
 
 
 async def dial_on(place: Place, k: int, responder: Any) -> None:
-    """Dial, and again whatever comes of it; until the server says that the run is over."""
+    """Dial again after every end, until the server says that the run is over."""
     backoff = Backoff(first=0.1, most=AGAIN)
     while True:
         dialler = Dialler(place.address, place.security(k), responder, backoff=backoff, keepalive=1.0)
@@ -172,7 +172,7 @@ async def dial_on(place: Place, k: int, responder: Any) -> None:
 
 
 async def answer_all(place: Place, plan: dict[str, tuple[str, int]]) -> None:
-    """All clients of the plan, on this one thread."""
+    """Run all clients of the plan in this thread."""
     liars = {int(k): Liar(place.worker(int(k)), LIES[lie], begin) for k, (lie, begin) in plan.items()}
     await asyncio.gather(*(dial_on(place, k, liar) for k, liar in liars.items()))
 
@@ -181,32 +181,32 @@ async def answer_all(place: Place, plan: dict[str, tuple[str, int]]) -> None:
 
 
 class Scene:
-    """What an attack has to work with: the conversation, and frames of earlier ones."""
+    """The material of an attack: the conversation, and frames of earlier conversations."""
 
     def __init__(self, side: ClientSide, hello: bytes, request: Any, earlier: list[bytes]) -> None:
         self.side, self.hello, self.request, self.earlier = side, hello, request, earlier
 
     def frame(self, message: m.Message | None = None, body: bytes = b"", number: int = 1) -> bytes:
-        """A frame that is right in form."""
+        """A frame with a correct form."""
         said = message or m.ModelUp(self.request.step)
         return pack(said, [body], number, self.side.conversation)
 
 
 def flipped(frame: bytes) -> bytes:
-    """One bit is wrong."""
+    """Flip one bit."""
     changed = bytearray(frame)
     changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
     return bytes(changed)
 
 
 def resized(frame: bytes, header: int, body: int) -> bytes:
-    """It says that its parts are so long, with a checksum that is right."""
+    """Claim these sizes of header and body, with a correct checksum."""
     changed = frame[:4] + struct.pack("<IQ", header, body) + frame[16:]
     checksum = xxhash.xxh3_64_intdigest(changed[:32] + changed[40:])
     return changed[:32] + struct.pack("<Q", checksum) + changed[40:]
 
 
-OVERSIZED = "oversized"  # a quarter of a gigabyte: once is enough
+OVERSIZED = "oversized"  # a quarter of a gigabyte, so one is enough
 FRAMES: dict[str, Callable[[Scene], list[bytes]]] = {
     "truncated": lambda s: [s.frame(body=bytes(5000))[:2000]],
     "only a beginning": lambda s: [s.frame()[:20]],
@@ -233,7 +233,7 @@ FRAMES: dict[str, Callable[[Scene], list[bytes]]] = {
 
 
 def attack(channel: Any, name: str, hello: m.Hello, earlier: list[bytes]) -> tuple[str, str]:
-    """One connection: Hello, the first request, the attack; how the server ended it."""
+    """One connection: Hello, the first request, the attack. Returns how the server ended it."""
     side = ClientSide()
     first = side.send(hello)
     said: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -258,14 +258,14 @@ def attack(channel: Any, name: str, hello: m.Hello, earlier: list[bytes]) -> tup
 
 
 def requests(call: Any, side: ClientSide) -> Iterator[Any]:
-    """What the server says. Raises RpcError."""
+    """The server's messages. Raises RpcError."""
     for data in call:
         for piece in split(data):
             yield side.receive(piece).message
 
 
 def send_frames(place: Place, times: int) -> None:
-    """One attack in each round: the server waits for this client to come back."""
+    """Make one attack in each round, since the server waits for this client to come back."""
     hello = place.worker(2).hello()
     earlier = [pack(m.ModelUp(0), (), 1, 1)]
     for name in [*FRAMES, *(times - 1) * [name for name in FRAMES if name != OVERSIZED]]:
@@ -278,12 +278,12 @@ def send_frames(place: Place, times: int) -> None:
 
 
 def reversed_classes(hello: m.Hello) -> m.Hello:
-    """Its labels mean something else."""
+    """Claim another meaning of the labels."""
     terms = msgspec.structs.replace(hello.terms, classes=named([f"class {k}" for k in range(9, -1, -1)]))
     return msgspec.structs.replace(hello, terms=terms)
 
 
-CROWDED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")  # codes of a server that has too many streams
+CROWDED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")  # codes of a server with too many streams
 
 GREETINGS: dict[str, Callable[[m.Hello], m.Hello]] = {
     "another's name": lambda hello: msgspec.structs.replace(hello, client="client-0"),
@@ -294,14 +294,14 @@ GREETINGS: dict[str, Callable[[m.Hello], m.Hello]] = {
 
 
 def crowd(place: Place, streams: int) -> None:
-    """Client 2 takes part; its certificate is used for much else."""
+    """Client 2 takes part, and its certificate is misused meanwhile."""
     worker, there = place.worker(2), threading.Event()
     own, hello = worker.welcome, worker.hello()
     worker.welcome = lambda welcome: (own(welcome), there.set())[0]  # type: ignore[method-assign]
     honest = threading.Thread(target=lambda: asyncio.run(dial_on(place, 2, worker)))
     with place.channel(2) as channel:
         grpc.channel_ready_future(channel).result(timeout=60)
-        for name in ("other classes", "no samples"):  # as long as no client of that name is connected
+        for name in ("other classes", "no samples"):  # before a client with that name is connected
             say(name, *greet(channel, GREETINGS[name](hello)))
         honest.start()
         there.wait(60)
@@ -310,7 +310,7 @@ def crowd(place: Place, streams: int) -> None:
             thread.start()
         for _ in range(20):
             heard = greet(channel, GREETINGS["another's name"](hello))
-            if heard[0] not in CROWDED:  # the crowd is in the way at first
+            if heard[0] not in CROWDED:  # at first, the crowd is in the way
                 break
             time.sleep(0.2)
         say("another's name", *heard)
@@ -323,7 +323,7 @@ def crowd(place: Place, streams: int) -> None:
 
 
 def greet(channel: Any, hello: m.Hello) -> tuple[str, str]:
-    """What comes of one Hello: a reason and a sentence, or gRPC's code."""
+    """The answer to one Hello: a reason and a sentence, or gRPC's code."""
     side = ClientSide()
     method = channel.stream_stream(f"/{network.SERVICE}/{network.METHOD}")
     call = method(iter(()), metadata=((network.HELLO, side.send(hello)),), timeout=30)
@@ -344,7 +344,7 @@ def say(name: str, code: str, sentence: str) -> None:
 
 
 def main() -> None:
-    """What the head of this file says."""
+    """Run the job that the command line names; see the top of this file."""
     address, config, ca, job, how = sys.argv[1:]
     place = Place(address, RunConfig.of(read_toml(Path(config))), Path(ca).absolute())
     if job == "answers":

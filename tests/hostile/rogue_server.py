@@ -1,8 +1,8 @@
-"""A server that welcomes a client by whatever terms it comes with, and then asks for what it should not get.
+"""A server that accepts a client's own terms and then asks for what it should not get.
 
-`python rogue_server.py PORT ATTACK...`: each attack has a connection of its own; a line of JSON says how it ended. The
-client is the real one. What the attacks are after: the model, labels, batches again and again, endless work, and the
-terminal of whoever reads the client's messages.
+`python rogue_server.py PORT ATTACK...`: each attack has its own connection, and a line of JSON says how it ended. The
+client is a real one. The attacks are after the model, labels, repeated batches, endless work, and the terminal of the
+person who reads the client's messages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ESCAPES = "\x1b[2J\x1b[31mapproved\x07 [/] [bold]by\u202e all\nINFO client-0: fi
 
 @dataclass(frozen=True)
 class Attack:
-    """What is asked one after another, the error that the client is to leave with, and words of its sentence."""
+    """The requests in order, the error that the client should leave with, and words of the error's sentence."""
 
     asked: tuple[Request, ...]
     kind: str
@@ -34,7 +34,7 @@ class Attack:
 
 
 def asking(*messages: m.Message) -> tuple[Request, ...]:
-    """Messages without bodies."""
+    """Requests without bodies."""
     return tuple((message, ()) for message in messages)
 
 
@@ -59,7 +59,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 class Rogue:
-    """The server, at a port of its choice."""
+    """The server, at the given port."""
 
     def __init__(self, port: int = 0) -> None:
         self.hub = Hub(f"127.0.0.1:{port}", ServerSecurity(), self._admit)
@@ -69,11 +69,11 @@ class Rogue:
         return m.Welcome(int(hello.client.removeprefix("client-")), 2, 0, hello.terms)
 
     def attack(self, attack: Attack) -> Lost | list[Any]:
-        """How the next client that comes takes it."""
+        """Attack the next client that connects, and return its answers or how it was lost."""
         (client,) = self.hub.wait_for(1, PATIENCE)
         self.hub.arrivals()
         found: Lost | list[Any] = []
-        for start in range(0, len(attack.asked), 8):  # as many as may wait for their answers
+        for start in range(0, len(attack.asked), 8):  # the largest number of requests that may wait for answers
             asked = attack.asked[start : start + 8]
             found = self.hub.exchange({client: asked}, deadline=PATIENCE, on_answer=lambda k, frame: frame)[client]
             if isinstance(found, Lost):
@@ -81,12 +81,12 @@ class Rogue:
         return found
 
     def close(self) -> None:
-        """Hang up, with a farewell that is meant for the terminal."""
+        """Hang up with a farewell that contains escape sequences for a terminal."""
         self.hub.stop(ESCAPES, 2)
 
 
 def main(port: int, names: Iterable[str]) -> None:
-    """One attack after another, and a line for each."""
+    """Run the attacks in order, and print a line for each."""
     rogue = Rogue(port)
     for name in names:
         lost = rogue.attack(ATTACKS[name])

@@ -1,4 +1,4 @@
-"""Whatever a client answers, in whatever is read of it: the run goes on without it, or ends with a named error."""
+"""Whatever a client answers, the run continues without it or ends with a named error."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, t
 
 
 class Liar(Passing):
-    """The culprit's answers are replaced after both sides' rules have read them: what is left is the cohort's own
-    reading. `chance` names all lies.
+    """The culprit's answers are replaced after both sides have checked their form, so only the cohort's own checks
+    remain. `chance` decides on all lies.
     """
 
     def __init__(self, workers: Mapping[int, Any], chance: random.Random) -> None:
@@ -46,7 +46,7 @@ class Liar(Passing):
         return answer._replace(message=lie, body=memoryview(said))
 
     def _message(self, message: Any) -> Any:
-        """One field is another: of its type, or it would not have been read."""
+        """Change one field to another value of its type; other types could not be read."""
         kind, chance = type(message), self.chance
         made: dict[str, Any] = {}
         for name in message.__struct_fields__:
@@ -66,7 +66,7 @@ class Liar(Passing):
         )
 
     def _body(self, body: bytes) -> bytes:
-        """Other tensors, or bytes that are none."""
+        """Other tensors, or bytes that are not tensors."""
         chance = self.chance
         way = chance.randrange(5)
         if way == 0 or not body:
@@ -102,7 +102,7 @@ def test_any_answer(algorithm: str, seed: int) -> None:
     hubs[0].greet = there.greet
     try:
         records = list(there.run)
-    except CutlayerError:  # that is named is all that is asked for, where everything travels through the one that lies
+    except CutlayerError:  # a named error is enough if everything travels through the lying client
         records = []
     assert hubs[0].lies
     assert {facts["client"] for word, facts in told if word in ("garbage", "failed", "excluded")} <= {CULPRIT}

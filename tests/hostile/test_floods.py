@@ -1,4 +1,4 @@
-"""Clients that dial again and again: the server turns them away cheaply, says so in few lines, and lets others in."""
+"""Clients that keep dialling: the server turns them away at little cost, logs only a few lines, and lets others in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_brake_counts_by_name_and_host() -> None:
         brake.connect("b", "x")
     assert brake.blocks("b", "x")
     assert brake.over(WINDOW / 2) == {}
-    assert brake.over(WINDOW + 1) == {("a", "x"): REFUSALS + 1 - LINES}  # the one that was blocked is counted, too
+    assert brake.over(WINDOW + 1) == {("a", "x"): REFUSALS + 1 - LINES}  # the blocked attempt counts too
     assert not brake.blocks("a", "x")
 
 
@@ -39,7 +39,7 @@ def test_names_that_are_made_up_are_counted_together() -> None:
 
 
 def test_many_clients_of_one_host_are_not_strangers() -> None:
-    """A study's own clients, each once, in any number; also while another peer invents names."""
+    """Any number of a study's own clients may connect once each, even while another peer invents names."""
     brake = Brake()
     names = [f"client-{number}" for number in range(1000)]
     for name in names:
@@ -52,7 +52,7 @@ def test_many_clients_of_one_host_are_not_strangers() -> None:
 
 
 def ended(raw: Raw) -> str:
-    """How the server ends a connection that it does not want."""
+    """The end of a connection that the server does not want."""
     try:
         answer = raw.receive().message
         return str(answer.sentence) if isinstance(answer, m.Refused) else "welcome"
@@ -72,7 +72,7 @@ def test_a_flood_of_refusals(caplog: pytest.LogCaptureFixture) -> None:
     admitted: list[str] = []
     with serving(greet=greet) as (_, port), caplog.at_level(logging.WARNING):
         ends = [ended(Raw(port, 7, welcome=False)) for _ in range(3 * REFUSALS)]
-        assert admitted.count("client-7") <= 2 * REFUSALS  # a window may have ended meanwhile
+        assert admitted.count("client-7") <= 2 * REFUSALS  # a new window may have begun meanwhile
         assert any("RESOURCE_EXHAUSTED" in end for end in ends)
         lines = [r for r in caplog.records if "is refused" in r.getMessage()]
         assert LINES <= len(lines) <= 2 * LINES
@@ -83,8 +83,8 @@ def test_a_flood_of_refusals(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_one_of_a_name_waits() -> None:
-    """However many streams of a client wait for its first to end: only the last does, and another client's return does
-    not wait for them.
+    """Of many streams that wait for their client's first stream to end, only the last keeps waiting. Another client can
+    return meanwhile.
     """
     with serving() as (hub, port):
         first, honest = Raw(port, 0), Raw(port, 1)

@@ -1,6 +1,4 @@
-"""A malicious client among honest ones, in this process: it is named and excluded, and the others' run is the one that
-they would have had without it.
-"""
+"""A malicious client among honest ones is named and excluded, and the others' run equals a run without that client."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ AVERAGES = ["fl", "sfl", "sflv1", "sflv2"]
 
 
 class Attacked:
-    """A run of three clients. From its `begin`-th answer of type `kind` on, the culprit sends what `forge` makes."""
+    """A run of three clients. From its `begin`-th answer of type `kind` on, the culprit sends the result of `forge`."""
 
     def __init__(
         self, algorithm: str, kind: type[m.Message], forge: Callable[..., Any], begin: int = 1, **options: Any
@@ -54,7 +52,7 @@ class Attacked:
         return [facts["client"] for word, facts in self.told if word == happened]
 
     def numbers(self) -> list[Any]:
-        """All that the run comes to."""
+        """All numbers that the run computes."""
         records = [(r.loss, r.clients, r.active, r.bytes_up, r.bytes_down, r.server_lr) for r in self.run]
         scores = [(s.test_score, s.test_loss, s.validation_loss) for s in self.run.evaluations]
         return [records, scores]
@@ -65,7 +63,7 @@ class Attacked:
 
 
 def rows_of(value: float) -> Callable[..., Any]:
-    """Smashed data, or gradients of a tail, that are all this value."""
+    """Smashed data, or gradients of a tail, in which every number is this value."""
 
     def forge(attacked: Attacked, message: Any, body: Any) -> Any:
         duty = attacked.hub.workers[CULPRIT].duty
@@ -96,8 +94,8 @@ def same(one: Attacked, other: Attacked) -> None:
 
 @pytest.mark.parametrize(("algorithm", "begin"), [*((a, 3) for a in SENDS_ROWS), ("psl", 1), ("ssl", 1), ("sflv1", 1)])
 def test_absurd_smashed_data(algorithm: str, begin: int) -> None:
-    """Finite numbers with which no step is possible: the step is taken without them, and all goes on as if they had
-    been none.
+    """Numbers that are finite but make a step impossible: the step is taken without them, and the run continues as if
+    they had been NaN.
     """
     absurd = Attacked(algorithm, m.SmashedUp, rows_of(3e38), begin)
     same(absurd, Attacked(algorithm, m.SmashedUp, rows_of(NAN), begin))
@@ -119,7 +117,7 @@ def test_the_step_is_that_of_a_run_without_the_client(algorithm: str) -> None:
 
 @pytest.mark.parametrize(("value", "optimizer"), [(1e30, "adam"), (1e22, "adam"), (1e25, "sgd")])
 def test_what_goes_wrong_only_on_the_way_back(value: float, optimizer: str) -> None:
-    """The loss is finite; the optimiser's squares of gradients are not, or the losses after the step."""
+    """The loss is finite, but the squares of gradients in the optimiser, or the losses after the step, are not."""
     attacked = Attacked("psl", m.SmashedUp, rows_of(value), 2, server_optimizer=optimizer)
     records = list(attacked.run)
     assert attacked.all("excluded") == [CULPRIT]
@@ -136,7 +134,7 @@ def test_gradients_of_a_tail(algorithm: str) -> None:
 
 
 def test_who_leaves_within_a_step_of_its_own() -> None:
-    """Its turn is left out; the others go on."""
+    """Its turn is skipped, and the others continue."""
 
     def hang_up(attacked: Attacked, message: Any, body: Any) -> Any:
         attacked.hub.gone.add(CULPRIT)
@@ -150,7 +148,7 @@ def test_who_leaves_within_a_step_of_its_own() -> None:
 
 
 def test_all_at_once_are_nobodys_fault() -> None:
-    """The training has diverged: the run ends with this error, and no client is excluded."""
+    """The training has diverged, so the run ends with an error that says so, and no client is excluded."""
     attacked = Attacked("psl", m.SmashedUp, rows_of(3e38))
     attacked.hub.tamper = lambda client, message, body: (
         rows_of(3e38)(attacked, message, body) if isinstance(message, m.SmashedUp) else (message, body)
@@ -173,7 +171,7 @@ def test_a_server_that_has_diverged_excludes_nobody() -> None:
 
 
 def test_all_clients_fail_at_once() -> None:
-    """Gradients that no client can step with are the server's fault."""
+    """If no client can step with its gradients, the server is to blame."""
     attacked = Attacked("psl", m.SmashedUp, rows_of(0.0), 10**6)
     for worker in attacked.hub.workers.values():
 
@@ -204,7 +202,7 @@ def test_a_run_that_is_to_stop_names_it() -> None:
 @pytest.mark.parametrize("algorithm", AVERAGES)
 @pytest.mark.parametrize("begin", [2])
 def test_a_poisoned_average(algorithm: str, begin: int) -> None:
-    """The model is finite, and so is the average. But no client could continue from it, and none receives it."""
+    """The model and the average are finite. But no client could continue from this average, so none receives it."""
     poisoned = Attacked(algorithm, m.ModelUp, model_times(1e37), begin)
     same(poisoned, Attacked(algorithm, m.ModelUp, model_times(NAN), begin))
     assert poisoned.all("excluded") == [CULPRIT]
@@ -213,7 +211,7 @@ def test_a_poisoned_average(algorithm: str, begin: int) -> None:
 
 
 def test_a_model_that_is_far_from_the_others_is_named() -> None:
-    """Nobody is excluded for that."""
+    """It is reported, but nobody is excluded."""
     attacked = Attacked("sflv2", m.ModelUp, model_times(30.0), 3)
     attacked.run.run()
     assert attacked.all("deviates") == [CULPRIT]
@@ -221,7 +219,7 @@ def test_a_model_that_is_far_from_the_others_is_named() -> None:
 
 
 def test_the_average_is_judged_by_the_server_where_a_client_says_it_is_no_number() -> None:
-    """The client lies here, and no other client is blamed."""
+    """Here the client lies, and no other client is blamed."""
 
     def forge(attacked: Attacked, message: Any, body: Any) -> Any:
         return message, encode([torch.full((message.rows, 10), NAN)])
@@ -235,12 +233,12 @@ def test_the_average_is_judged_by_the_server_where_a_client_says_it_is_no_number
 
 
 def test_nobody_is_excluded_for_an_average_that_cannot_be_judged() -> None:
-    """What comes after it is its fault, not that of the client that is asked about it."""
+    """The errors that follow are the average's fault, not the fault of the client that evaluates it."""
     attacked = Attacked("fl", m.EvaluationRows, rows_of(0.0), 10**6, eval_every=1)
     cohort: Any = attacked.run.training.clients
     while hasattr(cohort, "inner"):
         cohort = cohort.inner
-    cohort.vet = None  # else it would not come so far
+    cohort.vet = None  # otherwise the average would be refused before
 
     def spoilt(client: int, message: Any, body: Any) -> tuple[Any, Any]:
         return model_times(1e37)(attacked, message, body) if isinstance(message, m.ModelUp) else (message, body)
@@ -276,7 +274,7 @@ def test_rows_count_what_was_announced(algorithm: str, kind: Any, mass: float) -
 
 
 def claiming(algorithm: str, samples: int, mass: float | None = None, **options: Any) -> Attacked:
-    """A run whose culprit claims this number of samples."""
+    """A run in which the culprit claims this number of samples."""
     attacked = Attacked(algorithm, m.Hello, lambda a, message, body: (message, body), **options)
     worker = attacked.hub.workers[CULPRIT]
     own = worker.hello
@@ -287,7 +285,7 @@ def claiming(algorithm: str, samples: int, mass: float | None = None, **options:
 
 @pytest.mark.parametrize("algorithm", ["fl", "sfl", "psl"])
 def test_invented_numbers_of_samples(algorithm: str) -> None:
-    """The run is that without the client, from the beginning on, and the record says what part of it each one is."""
+    """From the start, the run equals the one without the client. The record names each client's share of the run."""
     attacked = claiming(algorithm, 10**12)
     without = Attacked(algorithm, m.Hello, lambda a, message, body: (message, body))
     without.hub.gone.add(CULPRIT)
@@ -299,7 +297,7 @@ def test_invented_numbers_of_samples(algorithm: str) -> None:
 
 
 def test_as_many_samples_as_are_allowed() -> None:
-    """Where the study says how many a client may have, that counts alone."""
+    """If the study states the allowed number of samples, only that number counts."""
     attacked = claiming("psl", 21, most_samples=20)
     attacked.run.run()
     assert "of at most 20" in attacked.hub.refused[CULPRIT]
@@ -317,10 +315,10 @@ def test_numbers_that_contradict_themselves(samples: int, mass: float, why: str)
 
 
 def test_sizes_that_are_unequal_in_earnest() -> None:
-    """Ten rows against ten thousand are no reason to refuse a client."""
+    """Ten rows against ten thousand are not a reason to refuse a client."""
     assert announced.excessive(1, {0: 10.0, 1: 10_000.0}, {0: 10, 1: 10_000}) is None
     assert announced.excessive(1, {0: 10.0, 1: 100_001.0}, {0: 10, 1: 100_001}) is not None
-    assert announced.excessive(0, {0: 1e12}, {0: 10**12}) is None  # no client to compare it with
+    assert announced.excessive(0, {0: 1e12}, {0: 10**12}) is None  # there is no other client to compare with
 
 
 @pytest.mark.parametrize(("faulty", "error"), [("stop", "median"), ("readmit", "")])
@@ -331,12 +329,12 @@ def test_what_becomes_of_an_inventor(faulty: str, error: str) -> None:
             attacked.run.run()
     else:
         attacked.run.run()
-        assert "median" in attacked.hub.refused[CULPRIT]  # when it came back
+        assert "median" in attacked.hub.refused[CULPRIT]  # it came back and was refused
     assert attacked.all("excluded") == []
 
 
 def test_the_travelling_model_moves_on_as_an_excluded_holder_received_it() -> None:
-    """The others train with what they had trained so far, as in a run without that client."""
+    """The others continue from their own last state of the model, as in a run without that client."""
     attacked = Attacked("ssl", m.SmashedUp, rows_of(3e38))
     without = Attacked("ssl", m.Hello, lambda a, message, body: (message, body))
     without.hub.gone.add(CULPRIT)
@@ -347,7 +345,7 @@ def test_the_travelling_model_moves_on_as_an_excluded_holder_received_it() -> No
 
 
 def test_the_travelling_model_outlives_its_holder_and_the_server(tmp_path: Path) -> None:
-    """What the excluded holder was given is in the checkpoint."""
+    """The checkpoint contains the model that the excluded holder received."""
     attacked = Attacked("ssl", m.SmashedUp, rows_of(3e38), 5, folder=tmp_path, checkpoint_every=1)
     steps = iter(attacked.run)
     for record in steps:
@@ -359,7 +357,7 @@ def test_the_travelling_model_outlives_its_holder_and_the_server(tmp_path: Path)
 
 
 def test_a_frame_is_a_frame() -> None:
-    """The attacks above go through both sides' rules: what a worker answers is what the culprit changes."""
+    """The attacks above pass the rules of both sides: the culprit changes the real answers of a worker."""
     attacked = Attacked("psl", m.SmashedUp, lambda a, message, body: (message, body))
     seen: list[Frame] = []
     own = attacked.hub.workers[CULPRIT].handle

@@ -1,5 +1,5 @@
-"""Hostile clients among honest ones, each a process of its own, over gRPC with TLS: the culprit is named, the others'
-run is the one that they would have had without it.
+"""Hostile and honest clients as separate processes, over gRPC with TLS: the culprits are named, and the run of the
+others is the one without them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = [
 # ---- lies in answers -------------------------------------------------------------------------------------------------
 
 HUGE = "as large as 3e+38 came in the smashed data of client {}, with which no step is possible"
-# Algorithm -> client -> (what it does, from which of its answers on, what the record says). Clients 0 and 1 are honest.
+# Algorithm -> client -> (its lie, from which of its answers on, what the record says). Clients 0 and 1 are honest.
 TRIED: dict[str, dict[int, tuple[str, int, str]]] = {
     "sfl": {
         2: ("smashed data of 3e38", 2, HUGE),
@@ -62,7 +62,7 @@ OWN = {"upsl": 'cut = "hidden1"\ntail_cut = "hidden2"\n'}
 
 
 def without(config: Mapping[str, Any], attacks: Mapping[int, tuple[str, int, str]]) -> tuple[Any, list[Any]]:
-    """The run in this process in which each hostile client leaves where it would lie for the first time."""
+    """The same run in this process, in which each hostile client leaves at the point of its first lie."""
     run, hub = remote(RunConfig.of({**config, "engine": "local"}))
     left = {k: begin for k, (_, begin, _) in attacks.items()}
 
@@ -118,8 +118,8 @@ SAID = {
     "truncated": "cut off or run on",
     "only a beginning": "20 bytes are not a message",
     "nothing": "0 bytes are not a message",
-    "run on": "came in answer to",  # what is whole is read first
-    "bit-flipped": "",  # any of them
+    "run on": "came in answer to",  # the complete message is read first
+    "bit-flipped": "",  # any error
     "foreign": "is not Cutlayer's",
     "noise": "",
     "overtaken": "repeated, lost or overtaken",
@@ -137,13 +137,13 @@ SAID = {
     "many at once": "came in answer to",
     "failed": "",
 }
-CODES = {OVERSIZED: "RESOURCE_EXHAUSTED", "failed": "OK"}  # it has said itself that it cannot go on
-TIMES = 2  # each is tested, except the large one
-GROWTH = 100 << 20  # bytes that the server may need for all of it
+CODES = {OVERSIZED: "RESOURCE_EXHAUSTED", "failed": "OK"}  # the client itself has said that it cannot continue
+TIMES = 2  # how often each frame is sent, except the oversized one
+GROWTH = 100 << 20  # bytes that the server may use for all attacks
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process that are in memory; 0 where it has ended."""
+    """Bytes of a process in memory, or 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     except (OSError, IndexError):
@@ -152,7 +152,7 @@ def resident(pid: int) -> int:
 
 @pytest.mark.timeout(200)
 def test_wrong_frames(tmp_path: Path) -> None:
-    """A client that may come back, and sends something else that is wrong in every round."""
+    """A client that may come back, and sends another wrong frame in every round."""
     rounds = TIMES * len(FRAMES) - (TIMES - 1)
     t = Trial(tmp_path, "sglr", rounds=rounds, config=CONFIG + "eval_every = 50\ncheckpoint_every = 50\n")
     try:
@@ -198,8 +198,8 @@ STREAMS = 70
 
 @pytest.mark.timeout(120)
 def test_a_crowd_of_connections(tmp_path: Path) -> None:
-    """One certificate opens streams without end, under its own name and others: few lines are written about it, the
-    others come in meanwhile, and the run is that of all three.
+    """One certificate opens many streams, under its own name and others. The server logs only a few lines, lets the
+    others in, and completes the run of all three.
     """
     t = Trial(tmp_path, "psl", rounds=3, config=CONFIG)
     try:
@@ -220,7 +220,7 @@ def test_a_crowd_of_connections(tmp_path: Path) -> None:
     assert said["another's name"][0][0] == "client"
     crowd = [code for code, _ in said["crowd"]]
     assert set(crowd) <= {"taken", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "Welcome"}
-    assert crowd.count("Welcome") <= 1  # the one that waits longest, once the run is over
+    assert crowd.count("Welcome") <= 1  # the stream that waits longest, after the end of the run
     assert len(said["crowd"]) == len(said["a stranger's name"]) == STREAMS
     assert {code for code, _ in said["a stranger's name"]} == {"client", "RESOURCE_EXHAUSTED"}
     assert said["client-2"][-1][0] == "BYE"

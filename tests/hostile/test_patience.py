@@ -1,4 +1,4 @@
-"""A server does not wait without end, and does not wait at all for clients that cannot return."""
+"""A server's waiting is limited, and it does not wait at all for clients that cannot return."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def service(out: Path, **faults: object) -> Service:
 
 
 def test_limits_without_being_asked(tmp_path: Path) -> None:
-    """Local training has more time by its steps, unless the time of a step is configured."""
+    """By default, local training gets more time for each of its steps. With a configured deadline, it gets none."""
     assert (FaultConfig.of({}).deadline, FaultConfig.of({}).patience) == (600, 3600)
     setup = service(tmp_path / "a")._cohort.setup
     assert (setup.deadline, setup.per_batch) == (600, 60)
@@ -38,7 +38,7 @@ def test_limits_without_being_asked(tmp_path: Path) -> None:
 
 
 def test_local_training_has_longer() -> None:
-    """Two steps in a round."""
+    """A round has two steps."""
     attacked = Attacked("fl", m.Hello, lambda a, message, body: (message, body), deadline=10.0, per_batch=2.0)
     asked: list[tuple[type, float]] = []
     own = attacked.hub.exchange
@@ -54,7 +54,7 @@ def test_local_training_has_longer() -> None:
 
 
 def test_who_can_never_be_enough_is_not_waited_for(tmp_path: Path) -> None:
-    """While the server waits for its clients, two of three are denied."""
+    """Two of three clients are denied while the server waits for its clients."""
     waiting = service(tmp_path / "run", patience=1e6)
     found: list[BaseException] = []
 
@@ -82,5 +82,5 @@ def test_no_patience_is_no_limit(tmp_path: Path) -> None:
     waiting.hub.stop("the test is over", 0)
     endless = service(tmp_path / "other", patience=0)
     threading.Timer(0.05, lambda: (until(lambda: endless.hub.running), endless.hub.stop("over", 0))).start()
-    with pytest.raises(TrainingError, match="are connected after 0 seconds"):  # since the hub has stopped
+    with pytest.raises(TrainingError, match="are connected after 0 seconds"):  # it ends because the hub has stopped
         endless._ready(frozenset())

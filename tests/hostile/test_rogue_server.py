@@ -1,4 +1,4 @@
-"""A server that asks for what it should not get, over real connections: the client leaves, and nothing has left it."""
+"""A server asks for what it should not get, over real connections: the client leaves without sending it anything."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rogue() -> Iterator[Rogue]:
 
 
 class Dialling(threading.Thread):
-    """A client that dials the rogue server from a thread of its own."""
+    """A client that dials the rogue server from its own thread."""
 
     def __init__(self, port: int, folder: Path | None = None) -> None:
         super().__init__(daemon=True)
@@ -72,12 +72,12 @@ class Dialling(threading.Thread):
             self._ends.put(error)
 
     def end(self) -> Any:
-        """How that ended."""
+        """The result of dialling."""
         return self._ends.get(timeout=PATIENCE)
 
     @property
     def rounds(self) -> int:
-        """Rounds that it has begun, in all its processes."""
+        """Number of rounds that it has begun, in all its processes."""
         assert self.worker.duty.purse is not None
         return self.worker.duty.purse.spent.rounds
 
@@ -112,7 +112,7 @@ def test_what_a_server_refuses_with_is_text_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_client_that_comes_back_has_not_forgotten_what_it_spent(rogue: Rogue, tmp_path: Path) -> None:
-    """A server that cuts the connection, or has the client restarted, gets no second budget."""
+    """A server that cuts the connection or makes the client restart does not get a second budget."""
     first = Dialling(rogue.port, tmp_path)
     rogue.attack(Attack((*[ROUND] * 5, *asking(m.Settle(1))), "", ""))
     assert first.rounds == 5
@@ -122,14 +122,14 @@ def test_a_client_that_comes_back_has_not_forgotten_what_it_spent(rogue: Rogue, 
     attack = ATTACKS["rounds again and again"]
     assert isinstance(rogue.attack(attack), Lost)
     assert isinstance(first.end(), errors.BudgetError)
-    second = Dialling(rogue.port, tmp_path)  # another process with the same folder
+    second = Dialling(rogue.port, tmp_path)  # as another process with the same folder
     assert isinstance(rogue.attack(attack), Lost)
     assert isinstance(second.end(), errors.BudgetError)
     assert second.rounds == first.rounds == 9
 
 
 def test_a_signal_is_heard_within_local_training(rogue: Rogue) -> None:
-    """The client ends between two batches, and says no more."""
+    """The client ends between two batches, and sends nothing more."""
     config = RunConfig.of({**CONFIG, "algorithm": "fl", "local_epochs": 100})
     worker = worker_of(config, 0, name="client-0", data=source())
     worker.stop = threading.Event()
@@ -156,7 +156,7 @@ def test_a_signal_is_heard_within_local_training(rogue: Rogue) -> None:
 
 @pytest.mark.network
 def test_a_rogue_server_and_a_client_as_processes(tmp_path: Path) -> None:
-    """The client ends with exit code 2, a line in its log and one in its record, which only its owner can read."""
+    """The client ends with exit code 2 and a line in its log and its record. Only its owner can read the record."""
     names = ["its model", "beyond the round", "endless rounds"]
     (tmp_path / "c.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in CONFIG.items()))
     with socket.socket() as probe:

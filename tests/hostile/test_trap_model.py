@@ -1,4 +1,4 @@
-"""A server that sends a model of its own making, to read inputs by: what a client that watches makes of it."""
+"""A server sends a crafted model that reveals inputs: what a watching client does about it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def take(worker: Worker, model: dict[str, Tensor]) -> None:
 
 
 def trap(worker: Worker, scale: float = 1.0, bias: float = 50.0) -> dict[str, Tensor]:
-    """Layers that pass their inputs on, and biases that keep all activations alive."""
+    """Layers that pass on their inputs unchanged, and biases that keep all activations positive."""
     own = state_of(worker.client.module)
     return {n: scale * torch.eye(*t.shape) if t.dim() == 2 else torch.full_like(t, bias) for n, t in own.items()}
 
@@ -91,13 +91,13 @@ def test_what_a_look_at_a_model_sees() -> None:
     own = {"w": torch.ones(4, 8), "b": torch.zeros(4), "n": torch.tensor(3)}
     same = look_at(own, own)
     assert (same.distance, same.passing, same.own, same.suspicious) == (0.0, 0.0, 0.0, False)
-    far = look_at({**own, "b": torch.full((4,), 6.0)}, own)  # 12 beside a norm of sqrt(32)
+    far = look_at({**own, "b": torch.full((4,), 6.0)}, own)  # 12 relative to a norm of sqrt(32)
     assert far.distance == pytest.approx(12 / 32**0.5)
     assert far.suspicious
     half = torch.cat([torch.eye(2, 8), torch.ones(2, 8)])
     passed = look_at({**own, "w": half}, own)
     assert (passed.passing, passed.name, passed.suspicious) == (0.5, "w", True)
-    assert not look_at({**own, "w": half}, {**own, "w": half}).suspicious  # its own is like that, too
-    assert look_at({"w": torch.eye(4, 7)}, {"w": torch.ones(4, 7)}).passing == 0.0  # too short to tell
+    assert not look_at({**own, "w": half}, {**own, "w": half}).suspicious  # the client's own model is like that too
+    assert look_at({"w": torch.eye(4, 7)}, {"w": torch.ones(4, 7)}).passing == 0.0  # too few inputs to tell
     turned = look_at({"w": 1j * torch.eye(4, 8)}, {"w": torch.ones(4, 8) + 0j})
     assert (turned.distance, turned.passing) == (pytest.approx(36**0.5 / 32**0.5), 1.0)
