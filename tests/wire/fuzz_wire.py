@@ -1,9 +1,11 @@
-"""Coverage-guided fuzzing of all that is read from the network (needs atheris: `pip install cutlayer[fuzz]`).
+"""Coverage-guided fuzzing of everything that is read from the network.
+
+It needs atheris (`pip install cutlayer[fuzz]`):
 
     python tests/wire/fuzz_wire.py [CORPUS...] [-max_total_time=SECONDS] [libFuzzer's other options]
 
-The first byte chooses what the others are given to. Anything but WireError, or a result of the right form, is a
-finding; so is what takes longer or more memory than libFuzzer is told to allow.
+The first byte of an input chooses the function that reads the other bytes. It may raise WireError or return a result of
+the right form; anything else is a finding, and so is more time or memory than libFuzzer's options allow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Codecs in a run: which gradients come back."""
+"""Runs with codecs: which gradients come back."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TINY: dict[str, Any] = {
 
 
 def losses(**options: Any) -> list[Any]:
-    """Each round's loss."""
+    """The loss of each step."""
     return [r.loss for r in Run(RunConfig.of({**TINY, **options}))]
 
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_a_gradient_on_the_support_fits_into_top_k(engine: str) -> None:
-    """It has no more numbers than were sent: top-k of the same fraction loses nothing of it."""
+    """The gradient has no more numbers than were sent, so top-k of the same fraction loses none of them."""
     up = "rand-top-k:0.1:0.3"
     full, sparse = (losses(engine=engine, up_codec=f"{up}:support", down_codec=down) for down in ("raw", "top-k:0.1"))
     assert full == sparse

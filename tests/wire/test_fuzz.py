@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing for a while; `tests/wire/fuzz_wire.py` says how to go on by hand."""
+"""Coverage-guided fuzzing for a short time; `tests/wire/fuzz_wire.py` says how to do it by hand."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def test_guided_fuzzing(tmp_path: Path) -> None:
     coverage = re.findall(r"cov: (\d+)", done.stderr)
     assert runs is not None
     assert int(runs[1]) > 1000
-    assert int(coverage[-1]) > 200  # of the edges in cutlayer.wire: the inputs that it begins with reach as many
+    assert int(coverage[-1]) > 200  # edges in cutlayer.wire; the initial inputs reach as many

@@ -1,4 +1,4 @@
-"""A client and a server, one of them with the earlier protocol: each is told both numbers, and the remedy."""
+"""One side of a client and a server uses the previous protocol: the error names both numbers and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEFORE = m.PROTOCOL - 1
 
 
 def older(frame: bytes) -> bytes:
-    """The frame as the protocol before begins it."""
+    """The frame with the start of the previous protocol."""
     return b"CUT%d" % BEFORE + frame[4:]
 
 
@@ -32,7 +32,7 @@ def test_a_client_of_the_protocol_before() -> None:
 
 
 def test_a_client_whose_terms_are_of_the_protocol_before() -> None:
-    """What is said in the terms counts as well."""
+    """The protocol in the terms is compared too."""
     said = m.Hello(
         "client-0", m.Terms(**{n: getattr(TERMS, n) for n in TERMS.__struct_fields__} | {"protocol": BEFORE}), 10, 10
     )
@@ -46,7 +46,7 @@ def test_a_client_whose_terms_are_of_the_protocol_before() -> None:
 
 @pytest.mark.parametrize("says", ["its own", "an error"])
 def test_a_server_of_the_protocol_before(says: str) -> None:
-    """It answers in its own protocol; or it says itself that it cannot read the client's."""
+    """The server answers in its own protocol, or says that it cannot read the client's."""
 
     def talk(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         if says == "its own":

@@ -1,4 +1,4 @@
-"""The wire: tensors and codecs, frames, the handshake, and what may be said when."""
+"""The wire: tensors and codecs, frames, the handshake, and which message is allowed when."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Any bit pattern that the type has, NaN with payloads among them."""
+    """Random bit patterns of this type, including NaN with payloads."""
     generator = torch.Generator().manual_seed(seed)
     size = math.prod(shape) * dtype.itemsize
     bits = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)
@@ -70,7 +70,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    """Random finite numbers about as large as `scale`, a third of them zero."""
+    """Random finite numbers of about the size of `scale`; a third of them are zero."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, dtype=torch.float64, generator=generator) * scale
     x = x * (torch.rand(shape, generator=generator) > 1 / 3)
@@ -79,7 +79,7 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float 
 
 
 def through(tensor: Tensor, codec: Codec = RAW) -> Tensor:
-    """What a receiver gets of `tensor` [n, ...]."""
+    """The tensor that a receiver gets for `tensor` [n, ...]."""
     body = b"".join(encode([tensor], codec))
     (received,) = decode(body, [Crossing(tuple(tensor.shape[1:]), tensor.dtype)], len(tensor), codec)
     return received
@@ -122,9 +122,9 @@ def test_raw_is_not_copied_where_that_is_possible() -> None:
     assert decode(body, [Crossing((4,), x.dtype)], 3)[0][0, 0] == 77
     frozen = bytes(body)
     (own,) = decode(frozen, [Crossing((4,), x.dtype)], 3)
-    own[0, 0] = 5.0  # not the message's memory, which must not change
+    own[0, 0] = 5.0  # its own memory, since the message's must not change
     assert decode(frozen, [Crossing((4,), x.dtype)], 3)[0][0, 0] == 77
-    shifted = memoryview(bytearray(b"x" + frozen))[1:]  # not aligned: copied
+    shifted = memoryview(bytearray(b"x" + frozen))[1:]  # not aligned, so it is copied
     assert decode(shifted, [Crossing((4,), x.dtype)], 3)[0].data_ptr() % 4 == 0
 
 
@@ -162,7 +162,7 @@ def test_shapes_types_and_exact_sizes(
 def test_errors_stay_within_the_bound(
     shape: tuple[int, ...], dtype: torch.dtype, codec: Codec, exponent: int, spread: bool, seed: int
 ) -> None:
-    """For all magnitudes: the smallest, the largest, all at once."""
+    """For all magnitudes: small, large, and both in one tensor."""
     x = numbers(shape, dtype, seed, 10.0**exponent)
     if spread:  # numbers of very different magnitudes in one tensor
         largest = torch.finfo(dtype).max
@@ -194,22 +194,22 @@ def test_nan_and_inf_are_found_by_the_receiver(
     x.view(-1)[4] = bad
     received = through(x, Codec.parse(name))
     assert not torch.isfinite(received.view(-1)[4])
-    if len(shape) == 4:  # and go no further than said
+    if len(shape) == 4:  # NaN and infinity spread no further than the codec's row or channel
         assert torch.isfinite(received[:, [0, 2]]).all() or name == "float8"
         assert torch.isfinite(received[1:]).all() or name == "int8"
 
 
 def test_every_code_of_float8() -> None:
-    """Read by arithmetic on its bits, and just what torch reads."""
+    """Codes are decoded by arithmetic on their bits; the results equal torch's."""
     codes = torch.arange(256, dtype=torch.uint8)
-    codes = codes[(codes & 0x7F) != 0x7F]  # but NaN
+    codes = codes[(codes & 0x7F) != 0x7F]  # all but NaN
     x = codes.view(torch.float8_e4m3fn).float()
-    x = torch.cat([x, torch.tensor([448.001])])[None]  # a scale of exactly one
+    x = torch.cat([x, torch.tensor([448.001])])[None]  # so that the scale is exactly one
     assert torch.equal(through(x, Codec.parse("float8"))[0, :-1], x[0, :-1])
 
 
 def test_what_the_codecs_are_relative_to() -> None:
-    """int8: a channel of images, a row of features; float8: a row; so what lies elsewhere costs no accuracy."""
+    """int8 scales a channel of images or a row of features, float8 a row. Large numbers elsewhere cost no accuracy."""
     images = torch.ones(2, 3, 2, 2)
     images[:, 1] = 1e6
     assert (through(images, Codec.parse("int8")) - images).abs()[:, [0, 2]].max() < 0.01
@@ -237,20 +237,20 @@ def test_rand_top_k_without_a_chance_is_top_k(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rand_top_k_draws_as_many_others_as_its_chance_says(dtype: torch.dtype) -> None:
-    """4 of 20 numbers are kept of each of 4000 rows. The mean number of others is 4 x 0.3, its variance 4 x 0.21."""
+    """4 of 20 numbers are kept in each of 4000 rows. The number of others has mean 4 x 0.3 and variance 4 x 0.21."""
     x = numbers((4000, 20), dtype, 2).abs() + torch.arange(1, 21).to(dtype) * 20
     kept = through(x, Codec.parse("rand-top-k:0.2:0.3")) != 0
     assert (kept.sum(1) == 4).all()
     others = kept[:, :16].sum(1).double()
     assert others.mean().item() == pytest.approx(1.2, abs=0.06)
     assert others.var().item() == pytest.approx(0.84, abs=0.1)
-    each = kept.double().mean(0)  # all of a group are equally likely
+    each = kept.double().mean(0)  # all numbers of a group are equally likely
     assert each[:16].tolist() == pytest.approx([1.2 / 16] * 16, abs=0.025)
     assert each[16:].tolist() == pytest.approx([0.7] * 4, abs=0.04)
 
 
 def test_rand_top_k_keeps_its_edges() -> None:
-    """With a chance of 1 all are others while there are any; NaN is never dropped; rows are drawn by themselves."""
+    """With chance 1, it keeps other numbers while there are any. It never drops NaN, and draws for each row alone."""
     x = torch.arange(1.0, 6.0).repeat(3, 1)
     assert (through(x, Codec.parse("rand-top-k:0.4:1"))[:, 3:] == 0).all()
     assert (through(x, Codec.parse("rand-top-k:0.8:1"))[:, 0] == 1).all()
@@ -320,7 +320,7 @@ def test_codecs_of_ones_own_are_named_by_file_module_or_entry_point(
     (package / "__init__.py").touch()
     (package / "own.py").write_text((Path(__file__).parents[1] / "own.py").read_text())
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "own", raising=False)  # other tests have files of this name
+    monkeypatch.delitem(sys.modules, "own", raising=False)  # other tests have files with this name
     point = EntryPoint("installed", "test_wire_package.own:Grid", "cutlayer.codecs")
     monkeypatch.setattr(plugins, "_entry_points", lambda kind: {"installed": point} if kind == "codec" else {})
     if called == "unknown":
@@ -572,7 +572,7 @@ def test_other_protocols_and_other_programs() -> None:
 
 
 def changed(**fields: Any) -> m.Terms:
-    """TERMS with some other fields."""
+    """TERMS with some fields changed."""
     terms = copy.deepcopy(TERMS)
     for name, value in fields.items():
         setattr(terms.step if hasattr(terms.step, name) else terms, name, value)
@@ -611,7 +611,7 @@ def test_what_differs_is_named(field: str, value: Any, reason: str, says: str) -
     assert refused.reason == reason
     with pytest.raises(RuntimeError, match=says):
         raise RuntimeError(refused.sentence)
-    mirrored = agree(TERMS, theirs, "the server", "the client")  # as the client sees it
+    mirrored = agree(TERMS, theirs, "the server", "the client")  # from the client's point of view
     assert mirrored is not None
     assert mirrored.reason == reason
     assert unpack(pack(refused), "to client").message == refused
@@ -666,7 +666,7 @@ def lower(model: nn.Module, at: str, x: Tensor) -> nn.Module:
 
 
 def test_fingerprints() -> None:
-    """Equal for equal models whatever their weights; different for what cannot stand in for one another."""
+    """Equal for equal models, whatever their weights; different for models that cannot replace each other."""
     x = torch.randn(3, 6)
     print_of: Callable[[str], str] = lambda at: fingerprint(lower(mlp(), at, x))  # noqa: E731
     assert print_of("0") == print_of("0")
@@ -687,7 +687,7 @@ def test_fingerprints() -> None:
 
 
 class Pair:
-    """Both sides of one conversation, after the handshake, and what each message was on its way."""
+    """Both sides of a conversation after the handshake. `up` and `down` return the bytes of a message."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.server, self.client = ServerSide(limits), ClientSide(limits)
@@ -711,7 +711,7 @@ def test_a_whole_conversation() -> None:
     pair.down(m.Forward(0))
     pair.up(m.SmashedUp(0, 4))
     pair.down(m.Backward(0, "own", 4))
-    pair.down(m.Forward(1, labels=False))  # at once: a backward pass has no answer
+    pair.down(m.Forward(1, labels=False))  # at once, since a backward pass has no answer
     assert len(pair.client.asked) == 1
     pair.up(m.SmashedUp(1, 3))
     pair.down(m.Tail(1, 3))
@@ -747,7 +747,7 @@ def test_frames_that_are_repeated_lost_overtaken_or_foreign() -> None:
     other.down(m.Forward(0))
     with pytest.raises(WireError, match="belongs to another conversation"):
         pair.server.receive(other.client.send(m.SmashedUp(0, 4)))
-    with pytest.raises(WireError, match="after the end"):  # and nothing more after that
+    with pytest.raises(WireError, match="after the end"):  # nothing more is accepted
         pair.server.receive(pair.client.send(m.SmashedUp(0, 4)))
 
 
@@ -755,7 +755,7 @@ def test_only_an_open_connection_needs_checksums() -> None:
     plain, sealed = (pack_hello(encrypted) for encrypted in (False, True))
     assert plain[32:40] != sealed[32:40] == bytes(8)
     assert plain[:32] + plain[40:] == sealed[:32] + sealed[40:]
-    for data in (plain, sealed):  # the receiver need not know which it is
+    for data in (plain, sealed):  # the receiver need not know which kind it is
         assert ServerSide().receive(data).message.client == "ada"
     for data, refused in ((plain, True), (sealed, False)):
         damaged = data.replace(b"ada", b"eda")
@@ -829,7 +829,7 @@ def test_refused_and_failed_end_it() -> None:
     ],
 )
 def test_only_the_answer_that_was_asked_for(asked: m.Message, answer: m.Message, says: str) -> None:
-    """The client does not say it, and the server does not take it."""
+    """The client does not send it, and the server does not accept it."""
     pair = Pair(Limits(rows=100))
     pair.down(asked)
     with pytest.raises(WireError, match=says):
@@ -851,7 +851,7 @@ def test_only_the_answer_that_was_asked_for(asked: m.Message, answer: m.Message,
     ],
 )
 def test_only_requests_that_make_sense(request_: m.Message, says: str) -> None:
-    """The server does not ask it, and the client does not take it."""
+    """The server does not send it, and the client does not accept it."""
     pair = Pair()
     pair.down(m.Forward(5))
     pair.up(m.SmashedUp(5, 4))

@@ -1,4 +1,4 @@
-"""The wire in front of anything at all: every message that is not right raises WireError, soon, in little memory."""
+"""The wire with arbitrary input: every message that is not correct raises WireError, quickly and with little memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FRAMES += [(pack(x, encode(TENSORS), 3, 9), "to client") for x in TO_CLIENT]
 
 @contextlib.contextmanager
 def bounded(seconds: float = 2.0, memory: int = 4 * MEGABYTE) -> Iterator[None]:
-    """Fails if the block computes longer, or allocates more, than that."""
+    """Fails if the block computes for longer, or allocates more memory."""
     tracemalloc.start()
     start = time.process_time()
     try:
@@ -61,14 +61,14 @@ def bounded(seconds: float = 2.0, memory: int = 4 * MEGABYTE) -> Iterator[None]:
 
 
 def repaired(data: bytes) -> bytes:
-    """A frame with a checksum that is right again, as a forger would make it."""
+    """The frame with a correct checksum, as a forger would make it."""
     if len(data) < 40:
         return data
     return data[:32] + struct.pack("<Q", xxhash.xxh3_64_intdigest(data[:32] + data[40:])) + data[40:]
 
 
 def mutate(data: bytes, rng: random.Random, start: int = 0) -> bytes:
-    """One to four random changes behind `start`: bits, bytes, numbers at the edges of their types, cuts, insertions."""
+    """One to four random changes after `start`: bits, bytes, extreme numbers, cuts, insertions."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(start, max(len(changed), start + 1))
@@ -93,7 +93,7 @@ def mutate(data: bytes, rng: random.Random, start: int = 0) -> bytes:
 
 
 def refused_or_right(data: bytes, direction: Any) -> None:
-    """A frame that may be anything gives WireError, or a message of the right kind."""
+    """Any frame raises WireError or gives a message of the right kind."""
     try:
         frame = unpack(data, direction)
     except WireError:
@@ -102,7 +102,7 @@ def refused_or_right(data: bytes, direction: Any) -> None:
 
 
 def decoded_or_refused(body: bytes, name: str) -> None:
-    """A body that may be anything gives WireError, or tensors of the expected kind."""
+    """Any body raises WireError or gives tensors of the expected kind."""
     try:
         tensors = decode(body, LIKE, ROWS, Codec.parse(name))
     except WireError:
@@ -119,7 +119,7 @@ def named_or_refused(body: bytes) -> None:
     assert described(state) == described(STATE)
 
 
-# Damage: every single one is found
+# Damage: each one is found
 
 
 @given(st.sampled_from(FRAMES), st.data())
@@ -165,11 +165,11 @@ def test_foreign_bytes(data: bytes, direction: Any, ours: bool) -> None:
     named_or_refused(data)
 
 
-# Forgery: nothing but WireError, or something that is right in form
+# Forgery: only WireError, or messages of the right form
 
 
 def fuzz(rng: random.Random) -> None:
-    """One mutated frame, one mutated body of each kind."""
+    """Mutate one frame and one body of each kind."""
     frame, direction = rng.choice(FRAMES)
     refused_or_right(mutate(frame, rng), direction)
     refused_or_right(repaired(mutate(frame, rng, rng.choice([0, 40]))), direction)
@@ -202,18 +202,18 @@ def test_forged_messages_for_minutes() -> None:
                 fuzz(rng)
 
 
-# Bombs: small messages that say they are large
+# Bombs: small messages that claim to be large
 
 
 def header(message: str, **fields: bytes) -> bytes:
-    """MessagePack of a message whose fields are given as they stand on the wire."""
+    """A message in MessagePack, with fields given as bytes on the wire."""
     encoded = msgspec.msgpack.encode
     pairs = [encoded("type") + encoded(message), *(encoded(k) + v for k, v in fields.items())]
     return bytes([0x80 + len(pairs)]) + b"".join(pairs)
 
 
 def framed(head: bytes) -> bytes:
-    """A frame around any header."""
+    """A frame around the given header."""
     start = -(-(40 + len(head)) // 16) * 16
     place = struct.pack("<4sIQQQQ", f"CUT{m.PROTOCOL}".encode(), len(head), 0, 0, 0, 0)
     return repaired(place + head.ljust(start - 40, b"\0"))
@@ -221,11 +221,11 @@ def framed(head: bytes) -> bytes:
 
 STEP = b"\x01"
 HOSTILE = [
-    header("Fitted", step=STEP, losses=b"\xdd\xff\xff\xff\xff"),  # four thousand million losses
+    header("Fitted", step=STEP, losses=b"\xdd\xff\xff\xff\xff"),  # 4 294 967 295 losses
     header("Fitted", step=STEP, losses=b"\xdd\x00\x00\xff\xff"),
     header("Failed", step=STEP, kind=b"\xdb\xff\xff\xff\xff", sentence=b"\xa0"),  # a name of four gigabytes
     header("Failed", step=STEP, kind=b"\xa2\xff\xfe", sentence=b"\xa0"),  # not UTF-8
-    header("Model", step=b"\x91" * 100_000),  # nested without end
+    header("Model", step=b"\x91" * 100_000),  # very deep nesting
     header("Model", step=STEP, more=b"\x91" * 100_000),
     header("Model", more=b"\xdf\xff\xff\xff\xff"),
     header("Model", step=b"\xcb" + struct.pack(">d", 1.0)),
@@ -249,12 +249,12 @@ def test_hostile_headers(head: bytes) -> None:
 
 
 def test_framed_makes_frames() -> None:
-    """Else the headers above would be refused for another reason."""
+    """Otherwise the headers above could be refused for another reason."""
     assert unpack(framed(header("Model", step=STEP)), "to server").message == m.ModelUp(1)
 
 
 def zstd_body(payload: bytes) -> bytes:
-    """The body of one float32 tensor [2, 3] whose compressed payload is `payload`."""
+    """The body of one float32 tensor [2, 3] with this compressed payload."""
     record = struct.pack("<BBBIIQ", 0, 0x80, 2, 2, 3, len(payload)).ljust(32, b"\0")
     return struct.pack("<I12x", 1) + record + payload + bytes(-len(payload) % 16)
 
@@ -264,7 +264,7 @@ def receive_zstd(payload: bytes) -> torch.Tensor:
 
 
 def undeclared(size: int) -> bytes:
-    """`size` zeros, compressed, without saying how many."""
+    """`size` compressed zeros, without the number of zeros."""
     return zstandard.ZstdCompressor(write_content_size=False).compress(bytes(size))
 
 
@@ -289,7 +289,7 @@ def test_zstandard_is_not_believed(payload: bytes, says: str) -> None:
 
 
 def test_a_frame_that_lies_about_its_size() -> None:
-    """It declares the 24 bytes that are expected, and holds a megabyte."""
+    """The frame declares the expected 24 bytes, but contains a megabyte."""
     honest = zstandard.compress(bytes(MEGABYTE))
     parameters = zstandard.get_frame_parameters(honest)
     assert parameters.content_size == MEGABYTE
@@ -305,7 +305,7 @@ def test_zstd_body_makes_bodies() -> None:
 
 
 def test_sizes_that_are_only_said() -> None:
-    """Dimensions and lengths of gigabytes in a few bytes."""
+    """A few bytes claim dimensions and lengths of gigabytes."""
     for record in (
         struct.pack("<BBBIIQ", 0, 0, 2, 1 << 31, 1 << 31, 1 << 62),
         struct.pack("<BBBIIQ", 0, 0, 2, 2, 3, 1 << 62),
@@ -324,7 +324,7 @@ def test_sizes_that_are_only_said() -> None:
 
 
 def test_positions_of_top_k() -> None:
-    """Beyond the row, twice the same, in the wrong order."""
+    """Positions beyond the row, repeated, or in the wrong order."""
     codec, like = Codec.parse("top-k:0.5"), [Crossing((4,), torch.float32)]
     body = b"".join(encode([torch.tensor([[1.0, 2.0, 0.0, 0.0]])], codec))
     good = struct.pack("<HH", 0, 1)
