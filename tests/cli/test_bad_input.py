@@ -1,6 +1,6 @@
-"""Wrong input: one clear sentence with the value, the reason and the remedy; exit code 2; nothing written.
+"""Wrong input: one clear sentence with the value, the reason and the remedy; exit code 2; nothing is written.
 
-What single data files and partitions can have wrong is in test_sources.py and test_partition.py.
+Errors in single data files and partitions are tested in test_sources.py and test_partition.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MLP = ["--model", "mlp"]
 
 
 class Desk:
-    """A folder with input files to work from; in the working folder nothing may appear."""
+    """A folder with input files. Nothing may be written to the working folder."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.files, self.cwd = tmp_path / "files", tmp_path / "cwd"
@@ -35,11 +35,11 @@ class Desk:
         monkeypatch.chdir(self.cwd)
 
     def main(self, *argv: str) -> Done:
-        """Exit code, stdout and stderr of a command line."""
+        """Exit code, standard output and standard error of a command line."""
         return call(*argv, code=None)
 
     def refused(self, *argv: str) -> str:
-        """The one sentence that a command line is refused with; nothing is written, nothing else is said."""
+        """The sentence that refuses a command line. Nothing is written, and nothing else is printed."""
         code, out, err = self.main(*argv)
         assert (code, out) == (2, ""), err
         assert err.startswith("error: ")
@@ -48,7 +48,7 @@ class Desk:
         return err
 
     def toml(self, text: str) -> str:
-        """A configuration file."""
+        """Write a configuration file, and return its path."""
         (self.files / "config.toml").write_text(text)
         return str(self.files / "config.toml")
 
@@ -67,7 +67,7 @@ def holds(sentence: str, *words: str) -> None:
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
-# (command line, what the sentence must hold: the value, the reason or range, the remedy or the nearest name)
+# (command line, words that the sentence must have: the value, the reason or range, the remedy or the nearest name)
 FLAGS: list[tuple[str, list[str]]] = [
     ("rum", ["rum", 'Did you mean "run"']),
     ("run extra", ["unexpected 'extra'", "--help"]),
@@ -164,7 +164,7 @@ def test_flags(desk: Desk, line: str, words: list[str]) -> None:
     holds(desk.refused(*line.split()), *words)
 
 
-# The same through a file, where names and types are the user's to get wrong.
+# The same in a file, where users can also get names and types wrong.
 TOMLS: list[tuple[str, str, list[str]]] = [
     ("serve --insecure", "[faults]\ndeadlin = 3", ["'deadlin'", "did you mean 'deadline'"]),
     ("serve --insecure", "faults = 3", ["faults = 3", "[faults]"]),
@@ -247,7 +247,7 @@ def test_a_study_that_was_not_approved_is_not_joined(desk: Desk) -> None:
     code, out, err = desk.main(*JOIN, "--folder", "state", "--show")
     assert (code, err) == (0, "")
     assert re.search(r"fingerprint: (\w{4}-){7}\w{4}$", out.strip())
-    assert not list(desk.cwd.iterdir())  # nothing is stored, and no server was contacted
+    assert not list(desk.cwd.iterdir())  # nothing is stored, and no server is contacted
     holds(desk.refused(*JOIN, "--max-rounds", "0"), "max_rounds", "0")
     holds(desk.refused(*JOIN, "--config", desk.toml("[budget]\nmax_round = 3\n")), "max_round")
 
@@ -265,7 +265,7 @@ Y = np.arange(60) % 3
 
 
 def test_data_files(desk: Desk) -> None:
-    """One of each kind; the rest is in test_sources.py."""
+    """One error of each kind; all others are in test_sources.py."""
     bad = X.copy()
     bad[7, 2] = np.nan
     path = npz(desk.files / "nan.npz", bad, Y)
@@ -294,7 +294,7 @@ def test_a_client_column_that_is_not_one_of_clients(desk: Desk) -> None:
 
 
 def test_an_owner_of_one_row_is_not_lost_to_the_hold_out(desk: Desk) -> None:
-    """At every seed the same number of clients fits: an owner keeps a row to train on."""
+    """An owner keeps one row for training, so the same number of clients works with every seed."""
     path = npz(desk.files / "owned.npz", X, Y, client=np.repeat([0, 1, 2], [1, 30, 29]))
     for seed in range(8):
         run = Run(model="mlp", data=path, partition="column", clients=3, seed=seed, algorithm="psl", rounds=1)
@@ -302,7 +302,7 @@ def test_an_owner_of_one_row_is_not_lost_to_the_hold_out(desk: Desk) -> None:
 
 
 def test_a_client_without_samples_on_a_later_seed_is_found_before_the_first_is_trained(desk: Desk) -> None:
-    """With one seed, all clients get samples; with another, the partition leaves a client without any."""
+    """With one seed, all clients get samples. With another, the partition leaves one client without any."""
     path = npz(desk.files / "skewed.npz", X, Y)
     skew: dict[str, Any] = {"partition": "dirichlet", "dirichlet_alpha": 0.15, "clients": 8}
     fits: dict[int, bool] = {}
@@ -330,7 +330,7 @@ def test_output_that_is_a_file_or_beneath_one(desk: Desk) -> None:
 
 
 def test_a_folder_of_other_files_is_left_alone(desk: Desk) -> None:
-    """Nothing new in it, nothing changed, and no advice to resume what is no run."""
+    """The folder stays unchanged, and there is no advice to resume, since it is not a run."""
     for name in ("thesis.txt", ".lock"):
         (desk.files / name).write_text("mine")
     for command in ("run", "compare"):
@@ -384,7 +384,7 @@ def sentence_of(call: Callable[[], object], kind: type[CutlayerError] = ConfigEr
 
 
 def own(model: Any, tmp_path: Path | None = None, sizes: tuple[int, ...] = (8, 8), **options: Any) -> Run:
-    """A run on data of 4 classes and 6 features, float32."""
+    """A run on data with 4 classes and 6 features, in float32."""
     cut = {} if options.get("algorithm") in ("fl", "cl") else {"cut": "0"}
     defaults: dict[str, Any] = {"algorithm": "psl", "clients": len(sizes), "partition": "column", **cut}
     out = None if tmp_path is None else tmp_path / "out"
@@ -392,14 +392,14 @@ def own(model: Any, tmp_path: Path | None = None, sizes: tuple[int, ...] = (8, 8
 
 
 class Raises(nn.Module):
-    """Raises in its forward."""
+    """A model whose forward pass raises an error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
         self.layer, self.error = nn.Linear(6, 4), error
 
     def forward(self, x: Tensor) -> Tensor:
-        """Nothing."""
+        """Raises the error."""
         raise self.error
 
 
@@ -439,7 +439,7 @@ def test_independent_starts_of_one_module() -> None:
 
 
 def batch_norm(lower: bool) -> nn.Module:
-    """With batch normalisation below or above the cut at 1."""
+    """A model with batch normalisation below or only above a cut at 1."""
     norm = nn.BatchNorm1d(8)
     return nn.Sequential(
         nn.Linear(6, 8), norm if lower else nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
@@ -449,22 +449,22 @@ def batch_norm(lower: bool) -> nn.Module:
 @pytest.mark.parametrize(
     ("algorithm", "lower", "sizes", "refused"),
     [
-        ("psl", True, (8, 9), 1),  # the client's own last batch is one row
+        ("psl", True, (8, 9), 1),  # the last batch of client 1 has one row
         ("psl", True, (8, 10), None),
         ("psl", False, (8, 8, 5), None),  # the server gets 4 + 4 + 1 rows
-        ("psl", False, (8, 4, 9), 2),  # at the third step client 2 is alone, with one row
+        ("psl", False, (8, 4, 9), 2),  # in the third step, client 2 is alone and has one row
         ("psl", False, (9, 4, 9), None),  # two rows
         ("ssl", False, (8, 9), 1),
         ("sflv2", False, (9, 8), 0),
         ("fl", False, (8, 9), 1),
         ("cl", False, (9, 9), None),  # 18 rows of one owner
-        ("cl", False, (8, 9), 0),  # 17
+        ("cl", False, (8, 9), 0),  # 17 rows
     ],
 )
 def test_batch_norm_cannot_train_on_one_row(
     algorithm: str, lower: bool, sizes: tuple[int, ...], refused: int | None
 ) -> None:
-    """Refused exactly where training would fail, and it would."""
+    """It is refused in exactly the cases in which training would fail."""
     options = {} if algorithm in ("fl", "cl") else {"cut": "1"}
     make = lambda: own(batch_norm(lower), sizes=sizes, algorithm=algorithm, **options)  # noqa: E731
     if refused is None:
@@ -502,7 +502,7 @@ def test_data_of_ones_own() -> None:
 
 
 def test_comparisons_check_all_entries_before_the_first_is_trained(tmp_path: Path) -> None:
-    """The third of three cannot be cut there: nothing is trained or written."""
+    """The third of three entries cannot be cut there, so nothing is trained or written."""
     comparison = Comparison(
         model="mlp", algorithms=("cl", "psl", "sgl"), cut="input", clients=2, rounds=1, out=tmp_path / "out"
     )
@@ -525,7 +525,7 @@ def test_a_comparison_with_a_model_of_ones_own_is_not_resumed_without_it(tmp_pat
 
 
 def test_rounds_on_top_replace_epochs_below(desk: Desk) -> None:
-    """A flag over a file, an option over a configuration, a variant over its comparison."""
+    """A flag wins over a file, an option over a configuration, a variant over its comparison."""
     values = merged_values(RunConfig, flags_of(RunConfig)(rounds=3), Path(desk.toml("epochs = 9\nlocal_epochs = 2")))
     assert values == {"rounds": 3, "local_epochs": 2}
     run = Run(RunConfig(epochs=9, model="mlp", clients=2), rounds=3)
@@ -541,7 +541,7 @@ def test_rounds_on_top_replace_epochs_below(desk: Desk) -> None:
 
 
 def test_a_variant_may_have_what_the_others_lack(tmp_path: Path) -> None:
-    """ussl with its second cut, among algorithms that know none."""
+    """ussl has a second cut, which the other algorithms do not know."""
     variant = {"u": {"algorithm": "ussl", "cut": "hidden1", "tail_cut": "hidden3"}}
     rows = Comparison(
         model="mlp", algorithms=("psl",), seeds=(0,), variant=variant, clients=2, samples_per_client=9, rounds=1

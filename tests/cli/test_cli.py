@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it prints, and that killing its process costs nothing."""
+"""The command line: what it writes and prints, and that nothing is lost if its process is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CUTLAYER = [sys.executable, "-m", "cutlayer"]
 TINY = ["--model", "mlp", "--clients", "3", "--samples-per-client", "20"]
 TIMEOUT = 120
 
-# Rounds of 3 steps: more than fit in a buffer between two checkpoints, so that records reach the disk after one.
+# 75 steps between two checkpoints do not fit in a buffer, so records reach the disk before the next checkpoint.
 LONG = {"rounds": 75, "checkpoint_every": 25, "eval_every": 25}
 
 
@@ -39,7 +39,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def started(*argv: str, cwd: Path) -> Iterator[Process]:
-    """A command line at work; it does not outlive the test. What it says on stderr is in the file `said`."""
+    """A running command line, which ends with the test at the latest. Its standard error goes to the file `said`."""
     with (cwd / "said").open("wb") as said:
         process = processes.start(argv, cwd=cwd, stderr=said)
     try:
@@ -50,7 +50,7 @@ def started(*argv: str, cwd: Path) -> Iterator[Process]:
 
 
 def stopped_when(process: Process, ready: Callable[[], bool]) -> None:
-    """Freeze the process once `ready`."""
+    """Freeze the process as soon as `ready` is true."""
     deadline = time.monotonic() + TIMEOUT
     while not ready():
         assert process.poll() is None, "it ended too early"
@@ -60,7 +60,7 @@ def stopped_when(process: Process, ready: Callable[[], bool]) -> None:
 
 
 def between_checkpoints(folder: Path) -> bool:
-    """There is a checkpoint, and records after it."""
+    """Whether there is a checkpoint, and records after it."""
     if not (folder / CHECKPOINT).exists():
         return False
     return (folder / STEPS).stat().st_size > checkpoint.read(folder / CHECKPOINT)["offsets"][STEPS]
@@ -71,7 +71,7 @@ def between_checkpoints(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run and what it printed."""
+    """A finished run, and its output."""
     cwd = tmp_path_factory.mktemp("first")
     return cwd, call("run", *TINY, "--epochs", "2", "--out", "a", cwd=cwd).stdout
 
@@ -105,7 +105,7 @@ def test_the_stored_configuration_reproduces_the_run(first: tuple[Path, str]) ->
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
-    """Keys with dashes or underscores; optimiser options as numbers; the folder's name when none is given."""
+    """Keys have dashes or underscores, optimiser options are numbers, and a folder gets a name if none is given."""
     (tmp_path / "mine.toml").write_text(
         "algorithm = 'psl'\nmodel = 'mlp'\nsamples-per-client = 9\nclients = 3\nepochs = 9\nclient_lr = 0.5\n"
         "batch = 4\nclient-optimizer = 'sgd'\nclient_optimizer_options = {momentum = 0.5, nesterov = true}\n"
@@ -149,7 +149,7 @@ def test_the_console_script_is_the_module(tmp_path: Path) -> None:
 
 
 def test_help_answers_at_once(tmp_path: Path) -> None:
-    """Every command has help, and none waits for torch, matplotlib or scikit-learn."""
+    """Every command has help, and no help waits for torch, matplotlib or scikit-learn."""
     code = """
 import sys
 from cutlayer.cli import main
@@ -184,7 +184,7 @@ assert not heavy, heavy
 
 @pytest.mark.network
 def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
-    """kill -9; the resumed run ends like the same run made in this process without interruption."""
+    """After kill -9, the resumed run ends like an uninterrupted run in this process."""
     with started("run", *TINY, *flags(LONG), "--out", "killed", cwd=tmp_path) as process:
         stopped_when(process, lambda: between_checkpoints(tmp_path / "killed"))
         process.kill()
@@ -203,9 +203,7 @@ def test_killed_between_checkpoints_and_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_interrupted_while_others_look(tmp_path: Path) -> None:
-    """While a run works, no other process may use its folder, but its report can be written. Ctrl-C names the command
-    that continues.
-    """
+    """Other processes may write the report of a run at work, but not use its folder. Ctrl-C names the next command."""
     folder = tmp_path / "run"
     with started("run", *TINY, "--algorithm", "psl", *flags(LONG), "--out", "run", cwd=tmp_path) as process:
         stopped_when(process, lambda: between_checkpoints(folder))
@@ -231,7 +229,7 @@ def test_interrupted_while_others_look(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_comparison_and_the_same_killed_and_resumed(tmp_path: Path) -> None:
-    """Killed in the third of four runs: the first two are kept as they are, and all ends the same."""
+    """Killed in the third of four runs: the first two stay as they are, and the results are the same."""
     line = ["compare", *TINY, "--algorithms", "psl", "sglr", "--seeds", "0", "1", *flags(LONG)]
     printed = call(*line, "--out", "quiet", cwd=tmp_path).stdout
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
@@ -270,7 +268,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_training_that_fails_says_where(tmp_path: Path) -> None:
-    """Rates that are too high: exit code 1, the step and the clients, no traceback."""
+    """With too high learning rates: exit code 1, the step and the clients, and no traceback."""
     failed = call(
         "run", *TINY, "--epochs", "9", "--client-optimizer", "sgd", "--client-lr", "1e9", cwd=tmp_path, code=1
     )

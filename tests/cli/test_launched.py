@@ -1,4 +1,4 @@
-"""A command that a launcher has started twice: rank 0 writes and prints, and both end alike."""
+"""A command that a launcher starts twice: rank 0 writes and prints, and both ranks end with the same code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 def launched(folder: Path, *argv: str, size: int = 2) -> list[Ended]:
-    """What becomes of the ranks of a command, started as torchrun starts them."""
+    """Start the ranks of a command like torchrun, and return their exit codes and outputs."""
     port = str(free_port())
     ranks, files = [], []
     for rank in range(size):
@@ -88,7 +88,7 @@ def test_what_all_ranks_are_told_one_of_them_says(monkeypatch: pytest.MonkeyPatc
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert call(*wrong, code=2).stderr == ""
-    assert "Did you mean" in call("plan", "--algoritms", "psl", code=2).stderr  # which ranks don't do together
+    assert "Did you mean" in call("plan", "--algoritms", "psl", code=2).stderr  # `plan` is not shared by ranks
 
 
 @pytest.mark.parametrize(

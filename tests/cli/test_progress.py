@@ -1,4 +1,4 @@
-"""What the progress of several runs says where no terminal shows bars."""
+"""The progress of several runs as lines of text, without bars in a terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scores(at: int) -> Scores:
 
 
 def timed(text: str) -> list[str]:
-    """The lines, each without the time of day that it begins with."""
+    """The lines without their times."""
     return [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.+)", line)[1] for line in text.splitlines()]  # type: ignore[index]
 
 
@@ -31,14 +31,14 @@ BEGUN = Standing(0, 4, 2.5, None, 0, 1.0, 0.5, "accuracy", True, ())
 
 
 def test_lines_of_several_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line per evaluation and per run that ends; the time left counts what is under way, by weight, and leaves out
-    what was done before.
+    """There is a line for each evaluation and each run that ends. The time left weights the runs, includes those in
+    progress, and leaves out what was done before.
     """
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with Monitor({"a": 300.0, "b": 100.0, "c": 100.0}, done=1) as monitor:
         monitor.show("a", BEGUN)
-        monitor.show("b", replace(BEGUN, done=3, evaluations=2, latest=scores(2)))  # resumed: told before
+        monitor.show("b", replace(BEGUN, done=3, evaluations=2, latest=scores(2)))  # resumed: not shown again
         now[0] += 600
         monitor.show("a", replace(BEGUN, done=2, evaluations=1, latest=scores(2)))
         monitor.ended("b")
@@ -47,8 +47,8 @@ def test_lines_of_several_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert timed(capsys.readouterr().out) == [
         "1/4 runs are done already",
         "a: round 2/4, test accuracy 50.00 % (1.50 s, evaluation 500 ms; 1.50 s left)",
-        "2/4 runs, about 14 minutes left",  # 600 s for 150 + 25, 250 are left
-        "3/4 runs, a: diverged, about 6 minutes left",  # 1200 s for 300 + 25, 100 are left
+        "2/4 runs, about 14 minutes left",  # 600 s for 150 + 25; 250 are left
+        "3/4 runs, a: diverged, about 6 minutes left",  # 1200 s for 300 + 25; 100 are left
     ]
 
 

@@ -1,4 +1,4 @@
-"""What `run` prints at its end: scores with what they have to be compared with."""
+"""The output of `run` at its end: scores, and figures to compare them with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support import call
 
 
 def test_scores_have_a_yardstick_and_owners_their_own_rows(tmp_path: Path) -> None:
-    """Three of four rows are of one class. The owners' scores are shown although all are equal."""
+    """Three of four rows belong to one class. The owners' scores are shown although they are equal."""
     y = np.tile([0, 0, 0, 1], 20)
     np.savez(tmp_path / "skewed.npz", x=np.stack([8.0 * y - 4, 4 - 8.0 * y], 1), y=y, client=np.repeat(["u", "v"], 40))
     words = "run --data skewed.npz --partition column --clients 2 --algorithm fl --rounds 6 --client-lr 0.5 --model mlp"
