@@ -1,4 +1,4 @@
-"""The paper's tables with a model and a task of the user's own: what is trained, what is said, what is refused."""
+"""The paper's tables with the user's own model and task: training, the report, and refusals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Half(Classification):
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the user's file; the size smoke takes seconds."""
+    """A folder with the user's file. The size smoke takes seconds."""
     monkeypatch.setitem(SIZES, "smoke", TINY)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NET)
@@ -53,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_table_of_a_model_and_task_of_ones_own(place: Path) -> None:
-    """Trained with its options, cut where asked for; the report says whose model it is, and so does the JSON."""
+    """Runs use its options and the given cut. The report and the JSON name the user's model."""
     flags = "--data digits --model net.py:net --cut 2 --width 6 --task net.py:Half --label-smoothing 0.1 --jobs 1"
     argv = ["reproduce", "table1", "table6", *flags.split(), "--out", "own"]
     done = call(*argv)
@@ -83,16 +83,16 @@ def test_a_table_of_a_model_and_task_of_ones_own(place: Path) -> None:
         "Within noise with another model, so neither shown nor refuted",
     ]
     assert "another model: " in done.stdout
-    assert re.search(r"\| alpha 2 \|.*\(82\.11\)", text)  # the paper's number stands beside, as with its own model
+    assert re.search(r"\| alpha 2 \|.*\(82\.11\)", text)  # the paper's number is shown, too
 
-    # The same folder goes on with the same model alone.
+    # The same folder can be continued only with the same model.
     assert call(*argv).stdout.count("test accuracy") == 0
     refused = call("reproduce", "--data", "digits", "--out", "own", code=2)
     assert "was made with cut = '2', not None" in refused.stderr
 
 
 def test_table_6_follows_from_the_model(place: Path) -> None:
-    """Its bytes are the paper's formulas with the model's own sizes; so they are at another cut and width."""
+    """Bytes follow from the paper's formulas and the model's own sizes, also for another cut or width."""
     for cut, width in (("2", 6), ("1", 6), ("2", 3)):
         out, own = place / "out", {"width": width}
         work_of = Reproduction(["table6"], "smoke", out, "digits", options=own, model="net.py:net", cut=cut)

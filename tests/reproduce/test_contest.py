@@ -1,4 +1,4 @@
-"""Methods against each other under label skew: equal tuning, the chosen rates, the report."""
+"""Methods compared under label skew: equal tuning, the chosen rates, the report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def study(extent: ContestSize = FEW) -> Study:
 
 @pytest.mark.parametrize("size", list(SIZES))
 def test_every_method_is_tuned_alike(size: SizeName) -> None:
-    """The same rates on a seed that is not reported; every method that is named exists, and every run is possible."""
+    """The same rates, on a seed that is not reported. Every named method exists, and every run is possible."""
     described = contest(SKEW)
     extent = described.sizes[size]
     asked = Study(SIZES[size], "fashion-mnist", extent=extent)
@@ -57,7 +57,7 @@ def test_every_method_is_tuned_alike(size: SizeName) -> None:
 
 
 def test_a_contest_differs_from_another_in_its_description_only() -> None:
-    """Two methods of a setting train with the same options, except those that the file gives."""
+    """Two methods of a setting train with the same options, except for those that the file states."""
     asked = study()
     first, second = (asked.contestant("2 shards", m).config.resolved() for m in ("PSL", "PSL + client"))
     assert {name for name in first if first[name] != second[name]} == {"logit_adjust"}
@@ -66,12 +66,10 @@ def test_a_contest_differs_from_another_in_its_description_only() -> None:
 
 
 def test_the_rate_is_that_of_the_best_validation_accuracy(tmp_path: Path) -> None:
-    """Test accuracies play no part, the smaller of equals is taken, and nothing is chosen before all trials are
-    there.
-    """
+    """Test accuracies are not used, the smaller of equally good rates is chosen, and the choice needs all trials."""
     asked = study()
     low, high = asked.contestant("2 shards", "PSL").trials
-    assert low.name == "skew/iid/psl/rate-0.001"  # that setting stands for this one
+    assert low.name == "skew/iid/psl/rate-0.001"  # tuning in that setting also counts for this one
     pretend(tmp_path, low, 7, test=90, validation=60)
     assert settled(tmp_path, asked.contestant("2 shards", "PSL")) is None
     pretend(tmp_path, high, 7, test=50, validation=61)
@@ -86,7 +84,7 @@ def test_the_rate_is_that_of_the_best_validation_accuracy(tmp_path: Path) -> Non
 
 
 def test_tables_and_claims_of_made_up_runs(tmp_path: Path) -> None:
-    """PSL + client is 5 points better; a diverged trial is never chosen; CL is trained once for all settings."""
+    """PSL + client is 5 points better. A diverged trial is never chosen. CL is trained once for all settings."""
     asked = study()
     cells = tables.cells_of(asked, [SKEW])
     for cell in cells.values():
@@ -106,17 +104,17 @@ def test_tables_and_claims_of_made_up_runs(tmp_path: Path) -> None:
     shown = {label: [tables.shown(v) for v in values] for label, values in accuracy.rows}
     assert shown["PSL + client"] == ["70.00 ± 7.07"] * 2
     assert shown["CL"][0] == shown["CL"][1]
-    assert sum(cell.config.traits.central for cell in cells.values()) == 3  # two rates, and the chosen one
+    assert sum(cell.config.traits.central for cell in cells.values()) == 3  # two trials, one run at the chosen rate
     assert dict(tried.rows)["PSL"] == ("50.0, diverged: 0.001",)
     assert dict(sent.rows)["PSL"] == ("1.00 MB", "2.00 MB", "3.00 MB", "0 B", "2.00 MB")
     verdicts = by_name(judge(outcomes))
     assert verdicts["skew-adjusted-psl"].overall.mean == pytest.approx(5.0)
-    assert verdicts["skew-adjusted-psl"].overall.cells == 1  # Dirichlet is not in this contest
+    assert verdicts["skew-adjusted-psl"].overall.cells == 1  # Dirichlet is not part of this contest
     assert verdicts["skew-sfl-psl"].overall.verdict == "not measured"
 
 
 def test_a_contest_is_trained_in_turns_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All trials come first; what is done is kept; the report says what is there."""
+    """All trials come first. Training can be continued, and the report covers the finished runs."""
     monkeypatch.setitem(SIZES, "smoke", TINY)
     few = replace(FEW, settings=("2 shards",), methods=("PSL", "PSL + client"), seeds=(0,))
     monkeypatch.setitem(contest(SKEW).sizes, "smoke", few)  # type: ignore[arg-type]
@@ -147,7 +145,7 @@ def test_a_contest_is_trained_in_turns_and_goes_on(monkeypatch: pytest.MonkeyPat
 
 
 def test_runs_at_another_rate_are_not_reported(tmp_path: Path) -> None:
-    """The choice of a rate is part of what a run was asked for."""
+    """The chosen rate is one of the settings that a stored run must match."""
     asked = study()
     cell = asked.contestant("iid", "PSL")
     for trial, validation in zip(cell.trials, (60, 50), strict=True):

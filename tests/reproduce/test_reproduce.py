@@ -1,4 +1,4 @@
-"""The reproduction of the paper's tables: training that can be interrupted, tables, verdicts, pages."""
+"""The reproduction of the paper's tables: training that can be interrupted, tables, verdicts and pages."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ Accuracy = Callable[[Cell, int], float]
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Size:
-    """The size smoke is something that takes seconds."""
+    """A size smoke that takes seconds."""
     monkeypatch.setitem(SIZES, "smoke", TINY)
     return TINY
 
 
 def pretend(out: Path, cell: Cell, seed: int, test: float, validation: float | None = None) -> Path:
-    """A run folder as training leaves it, without steps.jsonl: accuracies in percent; NaN: diverged."""
+    """A run folder as after training, without steps.jsonl. Accuracies are in percent, and NaN means diverged."""
     folder = folder_of(out, cell, seed)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(tomli_w.dumps(cell.at(seed).resolved()))
@@ -86,7 +86,7 @@ def pretend(out: Path, cell: Cell, seed: int, test: float, validation: float | N
 
 
 def pretended(out: Path, study: Study, accuracy: Accuracy) -> Outcomes:
-    """All cells of a study with made-up accuracies."""
+    """Made-up accuracies for all cells of a study."""
     cells = tables.cells_of(study, list(tables.SECTIONS))
     for cell in sorted(cells.values(), key=attrgetter("turn")):
         chosen = settled(out, cell)
@@ -104,7 +104,7 @@ def by_name(verdicts: list[ClaimVerdict]) -> dict[str, ClaimVerdict]:
 
 
 def test_intervals_of_students_t() -> None:
-    """Against tables of t: 4.3027 at two degrees of freedom, 12.706 at one."""
+    """Compared with tables of t: 4.3027 for two degrees of freedom, 12.706 for one."""
     three = interval([1.0, 2.0, 3.0], 0.0)
     assert three.mean == 2.0
     assert three.high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
@@ -132,7 +132,7 @@ def test_verdicts(differences: list[float], threshold: float, verdict: str) -> N
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    """Seeds that differ by 20 points hide nothing: the differences between runs of the same seed are all alike."""
+    """Seeds differ by 20 points, but the differences between runs with the same seed are all about equal."""
     study = Study(TINY, "digits")
 
     def accuracy(cell: Cell, seed: int) -> float:
@@ -145,31 +145,31 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     verdicts = by_name(judge(pretended(tmp_path, study, accuracy)))
     helps = verdicts["splitlr"]
     assert helps.overall.verdict == "holds"
-    assert helps.overall.mean == pytest.approx(2.0)  # (1 + 2 + 3) / 3; both cells have the .01 of their seed
+    assert helps.overall.mean == pytest.approx(2.0)  # (1 + 2 + 3) / 3; the 0.01 of a seed cancels
     assert (helps.overall.seeds, helps.overall.cells) == (2, 6)
     assert helps.columns == ("C = 2", "C = 4", "all")
     rows = {label: [d and d.mean for d in cells] for label, cells in helps.rows}
     assert rows["alpha 1.5"] == pytest.approx([3.0, 3.0, 3.0])
     assert rows["all"] == pytest.approx([2.0, 2.0, 2.0])
     assert verdicts["collapse"].overall.verdict == "holds"
-    assert verdicts["collapse"].overall.cells == 1  # the most clients alone
+    assert verdicts["collapse"].overall.cells == 1  # only for the largest number of clients
     assert verdicts["both-sgl"].overall.verdict == "holds"
     assert verdicts["splitavg"].overall.verdict == "within noise"
 
 
 def test_one_active_client_is_no_evidence_about_splitavg(tmp_path: Path) -> None:
-    """phi x C rounds to 1 for two clients at phi .25 and .5, four at .25: PSL by definition, so left out."""
+    """If phi x C rounds to 1, SGLR is PSL: phi 0.25 and 0.5 for two clients, 0.25 for four. These are left out."""
     study = Study(TINY, "digits")
     verdict = by_name(judge(pretended(tmp_path, study, lambda cell, seed: 50.0)))["splitavg"]
     cells = {label: dict(zip(verdict.columns, cells, strict=True)) for label, cells in verdict.rows}
-    assert verdict.overall.cells == 3 * 3  # alphas x (two clients at .75; four at .5 and .75)
+    assert verdict.overall.cells == 3 * 3  # alphas x (two clients at 0.75; four at 0.5 and 0.75)
     assert "phi 0.25" not in cells
     assert cells["phi 0.5"]["C = 2"] is None
     assert cells["phi 0.75"]["C = 2"] is not None
 
 
 def test_rates_are_chosen_by_validation_alone(tmp_path: Path) -> None:
-    """The rate with the better test accuracy loses where its validation accuracy is worse; then FL beats SGLR."""
+    """The rate with the better test accuracy has the worse validation accuracy. At the chosen rates, FL beats SGLR."""
     study = Study(TINY, "digits")
     for method in TABLE4_METHODS:
         for seed in TINY.seeds:
@@ -249,7 +249,7 @@ def files_of(outcomes: Outcomes, parts: list[str]) -> dict[str, bytes]:
 
 @fashion_mnist
 def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
-    """Rows carry the names that the paper's numbers are stored under; where it has none there is nothing."""
+    """Rows have the names under which the paper's numbers are stored. Numbers that the paper lacks are left empty."""
     full = Study(SIZES["full"], "fashion-mnist")
     outcomes = Outcomes(full, tmp_path, [])
     paper = {
@@ -277,7 +277,7 @@ def test_costs_are_those_of_the_runs(method: str) -> None:
     assert counted.client_flops == result.client_flops
     halfway = table6.spent(study, method, {"epochs": 1.0})
     assert halfway["virtual_seconds"] == counted.seconds
-    if method != "cl":  # which sends its data once
+    if method != "cl":  # CL sends its data only once
         assert table6.spent(study, method, {"epochs": 2.0})["virtual_seconds"] > 1.5 * halfway["virtual_seconds"]
 
 
@@ -286,9 +286,9 @@ def test_table_6_and_what_counting_settles() -> None:
     example = {title: values[0] for title, values in table6.communication(study)}
     assert example == {"FL": "40,000 MB", "PSL": "2,400 MB", "SFL": "15,800 MB", "SGLR": "1,800.024 MB"}
     counted = {fact.name: fact for fact in table6.facts(study)}
-    assert counted["client-compute"].evidence.startswith("95.3 %")  # of 8x8 pictures; 94.7 % of 28x28 (test_costs.py)
+    assert counted["client-compute"].evidence.startswith("95.3 %")  # for 8x8 pictures; 94.7 % for 28x28 (test_costs.py)
     assert counted["traffic-sfl-wire-unicast"].holds
-    # The point that the sentence names is where the two are equal.
+    # The sentence names the point at which both are equal.
     work = table6.trained_work(study)
     even = table6._break_even(study, work, "fl", "wire-unicast")
     below, above = (
@@ -311,7 +311,7 @@ def test_what_counting_settles_names_whole_samples_that_are_below() -> None:
 def test_cells_are_shared_by_tables() -> None:
     study = Study(TINY, "digits")
     together = tables.cells_of(study, ["table1", "table2", "table3"])
-    assert len(together) == 1 + 2 * (5 + 9 + 5)  # one client: one cell for all
+    assert len(together) == 1 + 2 * (5 + 9 + 5)  # all cells of one client are the same
     assert tables.cells_of(study, ["fig5"]) == tables.cells_of(study, ["table4"])
 
 
@@ -344,7 +344,7 @@ def test_the_report_of_all_that_there_is(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_beginning(tmp_path: Path) -> None:
-    """One run is done: dashes for the rest, no plot without points."""
+    """With one finished run, all others are dashes, and plots without points are left out."""
     study = Study(TINY, "digits")
     pretend(tmp_path, study.grid(1, 0, 0), 0, 80)
     outcomes = Outcomes(study, tmp_path, tables.cells_of(study, list(tables.SECTIONS)).values())
@@ -376,7 +376,7 @@ def test_time_left(seconds: float, text: str) -> None:
 
 @pytest.mark.long
 def test_tables_are_added_to_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Trained in two processes; a cell that another table used already is kept; the report covers both tables."""
+    """Trained in two processes. Cells that both tables use are trained once, and the report covers both tables."""
     monkeypatch.setitem(SIZES, "smoke", replace(TINY, clients=(1, 2)))
     out = tmp_path / "out"
     first = Reproduction(["table1"], "smoke", out, "digits")
@@ -388,7 +388,7 @@ def test_tables_are_added_to_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/result.json")}
     assert len(before) == 12
     second = Reproduction(["table3"], "smoke", out, "digits")
-    assert len(second.jobs) - len(second.waiting()) == 2 * 2  # C1, and alpha 1, phi 0 of two clients
+    assert len(second.jobs) - len(second.waiting()) == 2 * 2  # C1, and alpha 1 with phi 0 for two clients
     assert sum(1 for _ in second.train(1)) == len(second.jobs) - 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again = Reproduction(["table3"], "smoke", out, "digits")
@@ -451,7 +451,7 @@ def test_folders_of_other_things_are_left_alone(tiny: Size, tmp_path: Path) -> N
 
 
 def test_runs_of_other_settings_are_not_reported(tiny: Size, tmp_path: Path) -> None:
-    """A run that found its way into the folder, made otherwise."""
+    """A run that was made with other settings and moved into the folder."""
     cell = Study(TINY, "digits").grid(1, 0, 0)
     pretend(tmp_path, Cell(cell.name, cell.config.model_copy(update={"epochs": 7})), 0, 80)
     with pytest.raises(RunFolderError, match=r"C1/psl/seed-0' was made with epochs = 7, not 1: remove it"):
@@ -470,7 +470,7 @@ def test_wrong_data_cost_nothing(tiny: Size, tmp_path: Path) -> None:
 
 
 def wild(rate: float) -> Cell:
-    """A cell whose numbers are soon none where the rate is high."""
+    """A cell that diverges at high rates."""
     values = {"algorithm": "psl", "model": "mlp", "clients": 2, "samples_per_client": 40, "epochs": 5}
     return Cell(f"rate-{rate:g}", RunConfig.of({**values, "client_optimizer": "sgd", "client_lr": rate}))
 
@@ -485,7 +485,7 @@ def test_a_run_that_diverges_is_a_result(workers: int, tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_what_a_process_raises_arrives(tmp_path: Path) -> None:
-    """A run folder that belongs to something else."""
+    """The run folder contains other files, which is an error in the process that trains."""
     folder = folder_of(tmp_path, wild(0.01), 0)
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("all of it")
@@ -516,8 +516,9 @@ def test_a_process_that_is_killed_does_not_keep_us_waiting(tmp_path: Path) -> No
 
 @contextmanager
 def started(*argv: str, cwd: Path) -> Iterator[Process]:
-    """A command line at work, with all that it starts in one group, as a shell has it; it does not outlive the test.
-    What it says on stderr is in the file `said`.
+    """A running command in a process group of its own, as in a shell. It ends with the test.
+
+    Its stderr is in the file `said`.
     """
     with (cwd / "said").open("wb") as said:
         process = processes.start(argv, cwd=cwd, stderr=said, new_session=True)
@@ -529,7 +530,7 @@ def started(*argv: str, cwd: Path) -> Iterator[Process]:
 
 
 def children(process: int) -> list[int]:
-    """The processes that `process` has started and that still are."""
+    """The running processes that `process` has started."""
     try:
         return [
             int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
@@ -539,7 +540,7 @@ def children(process: int) -> list[int]:
 
 
 def trainers(process: int) -> list[int]:
-    """Those that train (and not the one that cleans up after them)."""
+    """The processes that train, without the one that cleans up after them."""
     return [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
@@ -557,9 +558,9 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.network  # processes that wait: others of them are with the quick tests
+@pytest.mark.network  # the test waits for processes
 def test_interrupted_and_called_again(tmp_path: Path) -> None:
-    """Ctrl-C, as a terminal sends it: to the command and all its processes. The command it names finishes the work."""
+    """Ctrl-C reaches the command and all its processes, as in a terminal. The printed command finishes the work."""
     line = ["reproduce", "table1", "--size", "smoke", "--out", "my runs", "--data", "digits", "--jobs", "2"]
     out = tmp_path / "my runs"
     with started(*line, cwd=tmp_path) as process:
@@ -596,7 +597,7 @@ def test_interrupted_and_called_again(tmp_path: Path) -> None:
 
 @pytest.mark.network
 def test_killed_without_leaving_anything_behind(tmp_path: Path) -> None:
-    """kill -9 of the command: its processes end too."""
+    """If the command is killed by SIGKILL, its processes end, too."""
     with started("reproduce", "table1", "--data", "digits", "--out", "a", "--jobs", "2", cwd=tmp_path) as process:
         eventually(lambda: (tmp_path / "a" / SETTINGS).exists() and len(trainers(process.pid)) == 2)
         eventually(lambda: any(tmp_path.glob("a/runs/**/config.toml")))
@@ -625,16 +626,16 @@ def test_wrong_input_is_one_sentence(argv: list[str], said: str, tmp_path: Path)
 
 
 def test_the_report_of_attacks(tmp_path: Path) -> None:
-    """Made-up findings: what phi and noise hide, at the end and at equal accuracy, in claims, tables and pictures."""
+    """Made-up findings, at the end and at equal accuracy: effects of phi and noise in claims, tables and pictures."""
     study = Study(TINY, "digits")
     parts = ["table5", "leakage"]
     cells = tables.cells_of(study, parts)
     for cell in cells.values():
         for seed in study.size.seeds:
             folder = pretend(tmp_path, cell, seed, 80 + seed)
-            found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # the attacker explains less of what is trained longer
+            found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # longer training leaves less to explain
             if cell.config.algorithm == "sglr":
-                found[1] = _found(0.7, 0.8)  # as the others did when they had come so far
+                found[1] = _found(0.7, 0.8)  # as the others at that accuracy
             if cell.config.specific.get("gaussian_noise"):
                 found[1] = _found(0.8, 0.4 + 0.001 * seed)
             (folder / EXAMINED).write_text(json.dumps(found if cell.config.snapshot_every else found[1:]))
@@ -660,7 +661,7 @@ def test_the_report_of_attacks(tmp_path: Path) -> None:
 
 
 def _found(accuracy: float, explained: float) -> dict[str, object]:
-    """A finding, as far as reports read it."""
+    """The fields of a finding that reports read."""
     quality = {"mse": 0.01, "psnr": 20.0, "ssim": 0.9, "accuracy": 0.8}
     attack = {"attack": quality, "explained": explained}
     bounds = [{"nats": None}]
