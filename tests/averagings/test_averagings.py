@@ -1,4 +1,4 @@
-"""Averaging rules: the same in all engines, exact where they can be computed by hand, and what a client can move."""
+"""Averaging rules: equal in all engines, exact by hand where possible, and a bound on a client's influence."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def config(algorithm: str, **options: Any) -> RunConfig:
 @pytest.mark.parametrize("algorithm", ["fl", "sfl", "sflv1", "sflv2", "sflv3"])
 @pytest.mark.parametrize(("name", "options"), RULES)
 def test_all_engines_average_alike(algorithm: str, name: str, options: dict[str, Any]) -> None:
-    """Clients of unequal sizes, of whom four take part in a round; of SplitFed, the server's copies too."""
+    """Clients of unequal sizes, four of five per round. SplitFed also averages the server's copies."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     run: dict[str, Any] = {"model": make(mlp), "data": source(SIZES, (6,))}
     found = []
@@ -79,7 +79,7 @@ def test_a_run_is_resumed_exactly(name: str) -> None:
 
 
 def test_what_models_came_from_is_kept_with_the_run(tmp_path: Path) -> None:
-    """If clients start from different models, the last average is not known before the first averaging."""
+    """If clients start from different models, there is no last average before the first averaging."""
     c = config("sfl", averaging="norm_bound", start="independent", rounds=4, checkpoint_every=1, cut="2")
     quiet = Run(c, model=mlp_of, data=source(SIZES, (6,)))
     quiet.run()
@@ -103,7 +103,7 @@ def test_one_union_step_is_for_the_mean_alone() -> None:
 
 
 def test_the_average_is_judged_by_the_rule() -> None:
-    """Between two averagings, too; and a run's own average is what the rule makes of the models."""
+    """The rule is also used between two averagings. The judged model is the rule's average of the client models."""
     for engine in ("local", "stacked"):
         c = config("sflv3", averaging="median", judge="average", engine=engine, cut="2", participation=1.0, rounds=1)
         run = Run(c, model=make(mlp), data=source(SIZES, (6,)))
@@ -137,7 +137,7 @@ def test_the_median_is_numpys(models: list[list[float]]) -> None:
 
 
 def test_how_many_are_trimmed() -> None:
-    """Rounded up, but one is left: more than the mean of one model in five, or four in ten."""
+    """The number is rounded up, but at least one model remains: one of five at 0.1, four of ten at 0.49."""
     dropped = [(n, [rule("trimmed_mean", trim=t).dropped(n) for t in (0.0, 0.1, 0.2, 0.49)]) for n in (1, 2, 5, 10)]
     assert dropped == [(1, [0, 0, 0, 0]), (2, [0, 0, 0, 0]), (5, [0, 1, 1, 2]), (10, [0, 1, 2, 4])]
     models = torch.tensor([[5.0], [1.0], [2.0], [3.0], [1e30]])
@@ -153,7 +153,7 @@ def test_how_many_are_trimmed() -> None:
 def test_one_of_five_moves_the_result_within_the_honest_range(
     name: str, options: dict[str, Any], honest: list[list[float]], hostile: list[float], weight: float
 ) -> None:
-    """Whatever it sends, and however many samples it says it has."""
+    """For any values that the client sends and any number of samples that it claims."""
     models = {"w": torch.tensor([hostile, *honest], dtype=torch.float32)}
     found = combined(models, [weight, 1, 1, 1, 1], rule(name, **options))["w"]
     low, high = models["w"][1:].amin(0), models["w"][1:].amax(0)
@@ -163,7 +163,7 @@ def test_one_of_five_moves_the_result_within_the_honest_range(
 
 @given(hostile=st.lists(FINITE, min_size=3, max_size=3))
 def test_one_of_five_moves_a_bounded_mean_by_its_share_of_the_bound(hostile: list[float]) -> None:
-    """The mean of the other four is moved by no more than a fifth of the median length."""
+    """The mean of the other four moves by at most a fifth of the median length."""
     steps = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]])
     origin = {"w": torch.tensor([5.0, 6.0, 7.0])}
     models = {"w": torch.cat([torch.tensor([hostile]), origin["w"] + steps])}
@@ -172,7 +172,7 @@ def test_one_of_five_moves_a_bounded_mean_by_its_share_of_the_bound(hostile: lis
 
 
 def test_updates_are_scaled_down_to_the_bound() -> None:
-    """Lengths 3, 1 and 10 with the median 3; weights 1, 2 and 1."""
+    """Updates of lengths 3, 1 and 10 with median 3, and weights 1, 2 and 1."""
     origin = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor(2.0)}
     updates = [torch.tensor([3.0, 0, 0]), torch.tensor([0.0, 1, 0]), torch.tensor([0.0, 6, 8])]
     models = {
@@ -230,20 +230,20 @@ def test_errors(algorithm: str, options: dict[str, Any], words: str) -> None:
 
 
 class Halves(Averaging):
-    """Half a model."""
+    """Returns half of a model."""
 
     entry = plugins.Entry("averaging", "halves", "", "halves")
 
     def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
-        """[d/2]."""
+        """[k, d] -> [d/2]."""
         return models[0, : models.shape[1] // 2]
 
 
 class Fails(Halves):
-    """Raises."""
+    """Raises an error."""
 
     def combine(self, models: Tensor, shares: Tensor, origin: Tensor | None) -> Tensor:
-        """Nothing."""
+        """Raises IndexError."""
         return models[len(models)]
 
 

@@ -1,4 +1,4 @@
-"""Adapters averaged by their products: against the dense mean, and the same on every engine."""
+"""Adapters averaged by their products: compared with the dense mean, and equal in every engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mean_product(a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 5, 6, 9])
 def test_the_product_is_the_nearest_of_its_rank_to_the_mean(rank: int) -> None:
-    """Against a dense decomposition; the mean itself at full rank (5), and of clients whose mean has the rank."""
+    """Compared with a dense decomposition. From full rank (5) on, the product is the mean itself."""
     a, b = drawn(rank)
     mean = mean_product(a, b)
     new_a, new_b = factors(a, b, SHARES)
@@ -44,7 +44,7 @@ def test_the_product_is_the_nearest_of_its_rank_to_the_mean(rank: int) -> None:
     assert torch.allclose(new_b @ new_a, nearest, atol=1e-12)
     if rank >= OUTPUTS:
         assert torch.allclose(new_b @ new_a, mean, atol=1e-12)
-    for fewer in range(1, rank):  # the first rows are the best of fewer
+    for fewer in range(1, rank):  # the first rows are the best of a lower rank
         best = u[:, :fewer] * s[:fewer] @ vh[:fewer]
         assert torch.allclose(new_b[:, :fewer] @ new_a[:fewer], best, atol=1e-12)
 
@@ -54,7 +54,7 @@ def test_clients_that_agree_keep_their_product(rank: int) -> None:
     a, b = drawn(rank, 1)
     new_a, new_b = factors(a.expand(CLIENTS, -1, -1), b.expand(CLIENTS, -1, -1), SHARES)
     assert torch.allclose(new_b @ new_a, b[0] @ a[0], atol=1e-12)
-    assert new_a.square().sum() == pytest.approx(a.square().sum())  # as long as before
+    assert new_a.square().sum() == pytest.approx(a.square().sum())  # the length of A does not change
     again = factors(new_a[None], new_b[None], torch.ones(1))
     assert torch.allclose(again[0], new_a, atol=1e-12)
     assert torch.allclose(again[1], new_b, atol=1e-12)
@@ -62,7 +62,7 @@ def test_clients_that_agree_keep_their_product(rank: int) -> None:
 
 @pytest.mark.parametrize("empty", [3, 1])
 def test_directions_that_a_product_lacks_can_still_be_trained(empty: int) -> None:
-    """B is 0 in the beginning, or in some of its columns: then A still has rows, of what the clients' spanned."""
+    """B starts as 0 or has columns of 0. A then still has rows, in the span of the clients' rows."""
     a, b = drawn(3, 1)
     b[:, :, 3 - empty :] = 0
     new_a, new_b = factors(a.expand(2, -1, -1), b.expand(2, -1, -1), torch.ones(2) / 2)
@@ -76,7 +76,7 @@ def test_directions_that_a_product_lacks_can_still_be_trained(empty: int) -> Non
 
 
 def test_directions_that_nobody_has_do_not_depend_on_rounding() -> None:
-    """Clients of ranks 1 and 2, for one of rank 4: two rows are drawn, orthogonal to the others."""
+    """Clients have ranks 1 and 2 and the result has rank 4. The two rows that are missing are drawn, orthogonal."""
     a, b = drawn(4, 2)
     for k, rank in enumerate((1, 2)):
         a[k, rank:], b[k, :, rank:] = 0, 0
@@ -150,7 +150,7 @@ def test_a_model_without_adapters() -> None:
 
 
 def test_a_rule_of_ones_own_by_name() -> None:
-    """What it gives is checked."""
+    """The rule's result is checked."""
 
     class Odd(MeanOfProducts):
         def combine_named(self, models: Any, shares: Tensor) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def test_a_rule_of_ones_own_by_name() -> None:
 
 
 class Ranked(nn.Sequential):
-    """Adapters of the largest rank; each client has its own."""
+    """A model with adapters of the largest rank. Each client has adapters of its own rank."""
 
     def __init__(self, ranks: tuple[int, ...]) -> None:
         torch.manual_seed(0)
@@ -180,8 +180,9 @@ def product(state: Any, name: str) -> Tensor:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("algorithm", ["fl", "sfl"])
 def test_each_client_has_the_best_adapters_of_its_rank(algorithm: str, optimizer: str) -> None:
-    """After training their ranks are theirs, and after averaging their products are the nearest to the mean; the ledger
-    counts what is not zero.
+    """Ranks hold after training and after averaging, which gives the products nearest to the mean.
+
+    The ledger counts only numbers of the client's rank.
     """
     kinds = {"client_optimizer": optimizer, "client_lr": 0.05}
     run = Run(model=Ranked(RANKS), data=data(), **options(algorithm, **kinds, rounds=1))
@@ -215,11 +216,11 @@ def test_each_client_has_the_best_adapters_of_its_rank(algorithm: str, optimizer
     ledger = run.training.ledger
     assert ledger.of_clients("up", "models").tolist() == each
     assert ledger.of_clients("down", "models").tolist() == each
-    assert ledger.total("down", "wire-broadcast", "models") == sum(each)  # no two get the same
+    assert ledger.total("down", "wire-broadcast", "models") == sum(each)  # no two clients receive the same
 
 
 def test_every_client_is_evaluated() -> None:
-    """After averaging too: models of different ranks are not equal."""
+    """Models of different ranks also differ after averaging."""
     run = Run(model=Ranked(RANKS), data=data(), **options("fl"))
     run.run()
     x, y = data()["x_test"].double(), data()["y_test"]
@@ -229,7 +230,7 @@ def test_every_client_is_evaluated() -> None:
 
 
 def test_equal_ranks_are_one_rank() -> None:
-    """As if no client had one of its own; clients of one rank get one message."""
+    """Equal ranks give the results of a single rank. Clients of the same rank share one message."""
     same = Run(model=Ranked((2, 2, 2)), data=data(), **options("sfl", engine="local"))
     plain = Run(model=model(), data=data(), **options("sfl", engine="local"))
     assert [step.loss for step in same] == [step.loss for step in plain]
@@ -241,7 +242,7 @@ def test_equal_ranks_are_one_rank() -> None:
 
 
 def test_states_of_clients_with_ranks_come_back() -> None:
-    """Each client's own: they are not known to be equal."""
+    """States are stored for each client, since models differ."""
     begun, other = (Run(model=Ranked(RANKS), data=data(), **options("sfl")) for _ in "ab")
     begun.run()
     other.training.clients.load(begun.training.clients.state())
@@ -276,7 +277,7 @@ def test_ranks_that_are_not_possible(algorithm: str, more: dict[str, Any], words
     ],
 )
 def test_clients_of_every_rank_are_stacked(algorithm: str, more: dict[str, Any]) -> None:
-    """As one after another: what is filled up stays zero under momentum, decay and clipping, in memory and on disk."""
+    """Equal to the local engine: padding stays zero under momentum, decay and clipping, in memory and on disk."""
     given = options(algorithm, **more)
     if algorithm == "psl":
         del given["averaging"]
