@@ -1,4 +1,4 @@
-"""The user's own screenings: a bound or any function of rows, the chain rule in both, and results that are refused."""
+"""The user's own screenings: a bound or any function of rows, with the chain rule, and results that are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = (2, 3, 1)
 
 
 def sent(seed: int = 0) -> Rows:
-    """Two real tensors and one of integers, of six rows."""
+    """Six rows of two real tensors and one of integers."""
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.randn(6, 3, generator=generator), torch.randn(6, 2, 2, generator=generator)
     return first.double(), torch.arange(6), second.double()
@@ -39,27 +39,27 @@ def own(made: Callable[[Tensor, Sequence[int]], Any]) -> Screening:
     """A screening with this bound."""
 
     class Own(Screening):
-        """One of one's own."""
+        """A user's own screening."""
 
         entry = plugins.Entry("screening", "own", "", "own")
 
         def bound(self, lengths: Tensor, sizes: Sequence[int]) -> Any:
-            """As given."""
+            """The result of the given function."""
             return made(lengths, sizes)
 
     return Own()
 
 
 def changing(made: Callable[[Rows], Any]) -> Screening:
-    """A screening that makes this of rows."""
+    """A screening with this function of rows."""
 
     class Changing(Screening):
-        """One of one's own."""
+        """A user's own screening."""
 
         entry = plugins.Entry("screening", "changing", "", "changing")
 
         def screen(self, rows: Rows, sizes: Sequence[int]) -> Any:
-            """As given."""
+            """The result of the given function."""
             return made(rows)
 
     return Changing()
@@ -70,14 +70,14 @@ def real(rows: Rows) -> Rows:
 
 
 def clipped(rows: Rows) -> Rows:
-    """Rows of at most 1.5, in autograd's words."""
+    """Rows scaled down to a length of at most 1.5, differentiated by autograd."""
     length = torch.cat([r.flatten(1) for r in real(rows)], 1).norm(dim=1)
     factor = (1.5 / length).clamp(max=1)
     return tuple(r * column(factor, r) if r.is_floating_point() else r for r in rows)
 
 
 def test_a_bound_and_a_function_that_bounds_are_the_same() -> None:
-    """Rows, and gradients that go back, in any order and of some rows alone."""
+    """Equal rows and equal gradients, also for some of the rows in another order."""
     rows = sent()
     one, other = screened(LengthBound(row_limit=1.5), rows), screened(changing(clipped), rows)
     assert one.back is not None
@@ -94,7 +94,7 @@ def test_a_bound_and_a_function_that_bounds_are_the_same() -> None:
 
 
 def test_a_bound_for_each_row() -> None:
-    """Longer ones are scaled down, those of no length are dropped and learn nothing."""
+    """Longer rows are scaled down. Rows with the bound 0 become 0 and have no gradient."""
     rows = sent()
     lengths = lengths_of(rows)
     most = lengths.clone()
@@ -116,14 +116,14 @@ def test_what_bounds_nothing_changes_nothing() -> None:
     for rule in (own(lambda lengths, sizes: None), own(lambda lengths, sizes: 1e9), changing(lambda rows: rows)):
         assert screened(rule, rows).rows is rows
         assert screened(rule, rows).back is None
-    nan = own(lambda lengths, sizes: lengths * float("nan"))  # where rows are not finite, the server says so
+    nan = own(lambda lengths, sizes: lengths * float("nan"))  # the server reports rows that are not finite
     assert screened(nan, rows).rows is rows
     assert not Screening().active
     assert own(lambda lengths, sizes: 1.0).active
 
 
 def test_what_is_cut_off_from_the_rows_sends_nothing_back() -> None:
-    """Constants in place of rows: gradients are zeros. Rows that take the part of others are what autograd says."""
+    """Constants in place of rows have zero gradients. Other functions have the gradients of autograd."""
     rows = sent()
     gradient = tuple(torch.ones_like(r) for r in real(rows))
     constant = screened(changing(lambda rows: tuple(torch.zeros_like(r) for r in rows)), rows)
@@ -155,15 +155,15 @@ def test_what_is_not_a_screening(rule: Screening, words: str) -> None:
 
 @screening("damped", title="Damped")
 class Damped(Screening):
-    """Rows whose numbers above a limit grow as their logarithm."""
+    """Numbers above a limit grow only like their logarithm."""
 
     compares: ClassVar[bool] = False
 
     damp_above: float = plugins.option(0.1, gt=0)
-    """The largest number that stays."""
+    """The largest number that does not change."""
 
     def screen(self, rows: Rows, sizes: Sequence[int]) -> Rows:
-        """Each number by itself."""
+        """Damps each number by itself."""
         return tuple(
             torch.where(
                 r.abs() > self.damp_above, r.sign() * self.damp_above * (1 + (r.abs() / self.damp_above).log()), r
@@ -175,7 +175,7 @@ class Damped(Screening):
 
 
 def test_one_of_ones_own_in_python() -> None:
-    """A class or an object of it; all engines train alike, and otherwise than without it."""
+    """Given as a class or an object. All engines give the same result, which differs from that without screening."""
     options: dict[str, Any] = {
         "algorithm": "psl", "model": make(mlp), "data": source((10, 6, 7), (6,)), "clients": 3, "precision": "float64",
         "batch": 4, "rounds": 2, "partition": "column", "cut": "2", "client_lr": 0.05,
@@ -196,7 +196,7 @@ def test_one_of_ones_own_in_python() -> None:
 
 @plugins.register("screening", "not-one", when="split")
 class NotOne(plugins.Thing):
-    """Something else."""
+    """Not a screening."""
 
 
 OWN = """
@@ -214,7 +214,7 @@ class QuantileBound(Screening):
 
 
 def test_one_of_ones_own_on_the_command_line(tmp_path: Path) -> None:
-    """Its options are flags; where clients take turns it has no effect, which is an error."""
+    """Its options are flags. If clients take turns, a bound that compares clients has no effect, which is an error."""
     (tmp_path / "own.py").write_text(OWN)
     words = ("run", "--screening", "own.py:QuantileBound", "--quantile", "0.25", "--model", "mlp", "--rounds", "1")
     call(*words, "--algorithm", "psl", "--clients", "3", "--samples-per-client", "8", "--out", "r", cwd=tmp_path)
@@ -224,7 +224,7 @@ def test_one_of_ones_own_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_comparison_screens_where_it_has_an_effect() -> None:
-    """A bound relative to other clients is left out where clients take turns, with its options; a fixed one is not."""
+    """A bound that compares clients is left out, with its options, if clients take turns. A fixed one is kept."""
     given = {"screening": "median_bound", "row_multiple": 3.0}
     c = CompareConfig.of({"algorithms": ("fl", "ssl", "psl"), "seeds": (0,), **given})
     found = {name: runs[0] for name, runs in c.runs(frozenset(c.model_fields_set | set(given))).items()}
@@ -238,7 +238,7 @@ def test_a_comparison_screens_where_it_has_an_effect() -> None:
 
 
 def test_it_is_the_servers_own_choice() -> None:
-    """No option of a screening is a term of the handshake."""
+    """The handshake compares no option of a screening."""
     for entry in plugins.index("screening").values():
         assert not any(o.shared for o in entry.options)
     assert RunConfig(algorithm="psl", screening="median_bound").specific["row_multiple"] == 2.0
