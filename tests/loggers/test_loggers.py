@@ -1,4 +1,4 @@
-"""Callbacks and loggers: what they hear, what becomes of one that fails, and what the files say of a resumed run."""
+"""Callbacks and loggers: their calls, their failures, and their files after a resumed run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIND, BEFORE = importlib.util.find_spec, set(sys.modules)
 
 
 class Hearing:
-    """Records its calls."""
+    """A callback that records its calls."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, Any]] = []
@@ -69,7 +69,7 @@ def test_a_callback_hears_everything_in_order() -> None:
 def test_it_hears_of_an_interruption_and_where_training_goes_on(tmp_path: Path) -> None:
     first, second = Hearing(), Hearing()
     run = iter(Run(**STUDY, callbacks=[first], out=tmp_path / "run"))
-    for _ in range(8):  # in the third round; the checkpoint is of the second
+    for _ in range(8):  # stops in the third round; the checkpoint is that of the second
         next(run)
     run.close()  # type: ignore[attr-defined]
     assert first.of("end") == [None]
@@ -167,7 +167,7 @@ def test_csv_files_hold_the_records(tmp_path: Path) -> None:
 
 
 def test_csv_files_of_a_resumed_run_are_those_of_the_uninterrupted_one(tmp_path: Path) -> None:
-    """Interrupted after an evaluation that the checkpoint does not know, in the middle of a line."""
+    """The run is interrupted after an evaluation that is not in the checkpoint, in the middle of a line."""
     options = {**STUDY, "rounds": 4, "log_to": ("csv",)}
     Run(**options, out=tmp_path / "quiet").run()
     broken = iter(Run(**options, out=tmp_path / "broken"))
@@ -210,7 +210,7 @@ def test_one_is_named_once() -> None:
 
 
 def test_a_missing_package_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of that name is not the package: wandb makes one where it is called."""
+    """A folder with the name of the package does not count. wandb makes such a folder where it is called."""
     (tmp_path / "absent_logs").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("absent_logs", "absent_altogether"):
@@ -225,7 +225,7 @@ def test_a_missing_package_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_it_is_said_before_anything_is_trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written, in a comparison as in a run."""
+    """The error is raised before anything is written, in runs and in comparisons."""
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None if module == name else FIND(module))
     with pytest.raises(ConfigError, match=rf"pip install 'cutlayer\[{name}\]'"):
         Run(**STUDY, log_to=(name,), out=tmp_path / "run")
@@ -237,7 +237,7 @@ def test_it_is_said_before_anything_is_trained(name: str, tmp_path: Path, monkey
 
 
 def test_what_is_used_is_imported_and_nothing_else() -> None:
-    """The figures come from the records; without loggers, no logger's library is imported."""
+    """Logged numbers are those of the records. Without loggers, no logger's library is imported."""
     run = Run(**STUDY)
     record = next(iter(run))
     assert of_step(record)["train/loss"] == record.loss
@@ -273,7 +273,7 @@ ENDS: list[list[str]] = []
 
 
 def test_objects_and_classes_are_loggers_too() -> None:
-    """One logger for each run: an object that is given is a model of it."""
+    """Each run has its own logger: a given object is copied for each run."""
     ENDS.clear()
     given = OwnLines(own_word="at")
     for _ in range(2):
@@ -283,7 +283,7 @@ def test_objects_and_classes_are_loggers_too() -> None:
 
 
 class Plain:
-    """Not registered: its keyword-only parameters are its options."""
+    """Not registered. Its keyword-only parameters are its options."""
 
     def __init__(self, *, plain_factor: int = 2) -> None:
         self.factor = plain_factor
@@ -322,7 +322,7 @@ def test_a_server_logs_what_remote_clients_train(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its file, as a flag and in TOML, with its option."""
+    """The example's logger is named by its file, as a flag and in TOML, with its option."""
     page = (ROOT / "docs/logging.md").read_text(encoding="utf-8")
     text = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "@logger" in block)
     (tmp_path / "lines.py").write_text(text, encoding="utf-8")

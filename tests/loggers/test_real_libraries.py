@@ -1,6 +1,6 @@
-"""The loggers with the libraries that they write with, offline: what these read back is what the run said.
+"""Loggers with their real libraries, offline: the libraries read back the numbers of the run.
 
-Each run is interrupted after a step that its checkpoint does not know, and resumed.
+Each run is interrupted after a step that is not in the checkpoint, and resumed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ STUDY: dict[str, Any] = {
     "data": "digits", "model": "mlp", "algorithm": "psl", "clients": 2, "samples_per_client": 20, "rounds": 3,
     "eval_every": 1, "checkpoint_every": 1,
 }  # fmt: skip
-# These libraries use much that is deprecated elsewhere.
+# These libraries use deprecated functions of others.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-INTERRUPTED = 5  # steps; the checkpoint holds three
+INTERRUPTED = 5  # the number of steps before the interruption; the checkpoint has three
 
 
 def trained(name: str, out: Path, **options: Any) -> None:
@@ -43,9 +43,10 @@ def scores(out: Path) -> dict[int, float]:
 
 
 def logged(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file, which is LevelDB's log with a header: 7 bytes, then blocks of 32 kB with pieces of
-    records, each with a checksum (4 bytes), a length (2) and whether it is a whole record, its first piece, one in the
-    middle or the last.
+    """The records of a .wandb file, which is a LevelDB log with a header of 7 bytes.
+
+    The log has blocks of 32 kB with pieces of records. Each piece has a checksum (4 bytes), a length (2 bytes) and a
+    kind: a whole record, or the first, a middle or the last piece of one.
     """
     assert content.startswith(b":W&B")
     at, record = 7, b""
@@ -69,7 +70,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     trained("tensorboard", out)
     found = EventAccumulator(str(out / LOGS / "tensorboard"))
     found.Reload()
-    assert [e.step for e in found.Scalars("train/loss")] == list(range(1, 10))  # each once
+    assert [e.step for e in found.Scalars("train/loss")] == list(range(1, 10))  # each step once
     assert {e.step: e.value for e in found.Scalars("train/loss")} == losses(out)
     assert {e.step: e.value for e in found.Scalars("test/accuracy")} == scores(out)
     assert "options/text_summary" in found.Tags()["tensors"]
@@ -82,7 +83,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     trained("wandb", out, wandb_mode="offline", wandb_project="study")
-    wandb.teardown()  # its own process writes the last lines when it ends
+    wandb.teardown()  # wandb's process writes the last lines when it ends
     folders = sorted((out / LOGS / "wandb").glob("offline-run-*"))
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1, "one run, gone on with"
     found: dict[str, dict[int, float]] = {"train/loss": {}, "test/accuracy": {}}
