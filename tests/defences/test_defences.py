@@ -1,4 +1,4 @@
-"""What clients do to their smashed data before these leave them."""
+"""What clients do to their smashed data before sending them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def protection(
     dropout: float = 0.0,
     nopeek: float = 0.0,
 ) -> Defences:
-    """The built-in defences, named in another order than that in which they are applied."""
+    """The built-in defences, in another order than that in which they are applied."""
     noise = Noise(clip=clip, gaussian_noise=gaussian, laplace_noise=laplace)
     return Defences(seed, (NoPeek(nopeek=nopeek), noise, FeatureDropout(feature_dropout=dropout)))
 
@@ -59,10 +59,10 @@ def step(defence: Defences, *rows: torch.Tensor, sizes: tuple[int, ...] = (3, 2)
 def test_nothing_sent_is_longer_than_the_clip(
     clip: float, laplace: bool, scale: float, seed: int, dropout: float
 ) -> None:
-    """Before noise, over all tensors that cross together; shorter samples stay as they are, and none is turned."""
+    """The length is that before noise, over all tensors that cross. Shorter samples and directions do not change."""
     g = torch.Generator().manual_seed(seed)
     one, two = (torch.randn(5, *shape, generator=g) * scale for shape in ((2, 3), (4,)))
-    # A scale of noise that is lost in rounding, so that the norm is Laplace's and the noise cannot be seen.
+    # Noise of this scale is lost in rounding: clipping uses Laplace's norm, and no noise is visible.
     defence = protection(seed=1, clip=clip, laplace=1e-30 if laplace else 0.0, dropout=dropout)
     bare = step(protection(seed=1, clip=1e30, dropout=dropout), one, two).rows
     sent = step(defence, one, two).rows
@@ -82,7 +82,7 @@ def test_noise_has_the_deviation_asked_for(kind: str) -> None:
     expected = 0.5 * (2**0.5 if kind == "laplace" else 1)
     assert float(sent.std()) == pytest.approx(expected, rel=0.02)
     assert float(sent.mean()) == pytest.approx(0, abs=0.01)
-    # As many beyond three scales as the distribution has.
+    # The share beyond three scales is that of the distribution.
     beyond = float((sent.abs() > 1.5).float().mean())
     assert beyond == pytest.approx(0.0498 if kind == "laplace" else 0.0027, rel=0.2)
 
@@ -94,14 +94,14 @@ def test_without_noise_the_norm_stays(noise: str, order: int) -> None:
     (sent,) = made.silent.protect((rows,), [20], [torch.Generator()])
     lengths = torch.linalg.vector_norm(sent, order, 1)
     assert lengths.max() == pytest.approx(1.0, rel=1e-5)
-    assert lengths.min() == pytest.approx(1.0, rel=1e-5)  # rows of 30 numbers are longer by either norm
+    assert lengths.min() == pytest.approx(1.0, rel=1e-5)  # rows of 30 numbers are longer in both norms
     assert torch.equal(sent, made.clipped((rows,))[0])
     assert made.silent.exact
     assert not made.exact
 
 
 def test_dropped_features_keep_their_mean() -> None:
-    """Two fifths are zero; what is left is scaled up."""
+    """Two fifths of the features become zero, and the others are scaled up."""
     sent = step(protection(seed=3, dropout=0.4), torch.full((5, 20000), 3.0)).rows[0]
     kept = sent != 0
     assert float(kept.float().mean()) == pytest.approx(0.6, rel=0.02)
@@ -122,7 +122,7 @@ def test_noise_is_new_for_every_sample_client_and_batch() -> None:
 
 
 def test_the_way_back_is_the_derivative() -> None:
-    """Through dropout and clipping, against finite differences."""
+    """Gradients through dropout and clipping are compared with finite differences."""
     defence = protection(seed=5, clip=1.0, dropout=0.4, gaussian=0.1)
     rows = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -155,7 +155,7 @@ def test_distance_correlation_is_the_librarys() -> None:
 
 
 def test_nopeek_adds_the_penaltys_slope() -> None:
-    """Each client's own, with any other clients; equal samples have no slope, and no NaN."""
+    """Each client's slope does not depend on the other clients. Equal samples have a slope of 0 and cause no NaN."""
     g = torch.Generator().manual_seed(0)
     x = [torch.randn(n, 4, generator=g) for n in (6, 5)]
     z = torch.randn(11, 3, generator=g)
@@ -206,7 +206,7 @@ def test_a_defence_that_is_named_may_be_given_strength_zero() -> None:
 
 
 def test_a_clip_that_nothing_reaches_changes_nothing() -> None:
-    """Nor does the way that a common gradient takes through it."""
+    """The gradient through a clip without effect does not change either."""
     bare, wide = (
         Run(RunConfig.of({**SMALL, "algorithm": "sglr", "precision": "float64", **more}))
         for more in ({}, {"clip": 1e9})
@@ -217,7 +217,7 @@ def test_a_clip_that_nothing_reaches_changes_nothing() -> None:
 
 @pytest.mark.parametrize("algorithm", ["sglr", "ssl", "ussl", "sflv2"])
 def test_defences_between_machines(algorithm: str) -> None:
-    """Bit for bit those of the simulation, with codecs on top."""
+    """Equal bit for bit to the simulation, with codecs on top."""
     same(RunConfig.of({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm, "up_codec": "int8", **STRONG}))
 
 
@@ -260,7 +260,7 @@ def test_a_defence_of_ones_own_guards_rows_and_adds_its_penalty() -> None:
     guarded = defences.of(own(RunConfig(), 0.25)).step((z,), x, [0, 1], [3, 2], [0, 0])
     (sent,) = guarded.rows
     assert 0.25 <= float(sent.min()) < 0.5 < float(sent.max()) < 1
-    slope = torch.cat([torch.full((3, 3), 2 / 9), torch.full((2, 3), 2 / 6)])  # of each client's mean square
+    slope = torch.cat([torch.full((3, 3), 2 / 9), torch.full((2, 3), 2 / 6)])  # the slope of each client's mean square
     torch.testing.assert_close(guarded.back((torch.ones(5, 3),))[0], sent + slope)
 
 
@@ -281,7 +281,7 @@ def test_a_client_does_not_import_the_attacks() -> None:
 def test_a_watch_says_nothing_before_it_has_seen_enough() -> None:
     watch = Watch(after=3)
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    watch.observe(rows, rows, torch.zeros(6, dtype=torch.long))  # one label only: no pairs to compare
+    watch.observe(rows, rows, torch.zeros(6, dtype=torch.long))  # with only one label, there are no pairs to compare
     assert watch.observed == 0
     assert not watch.suspicious
     for _ in range(2):
@@ -323,7 +323,7 @@ def test_defences_where_all_clients_are_one() -> None:
 
 
 def test_every_part_of_an_evaluation_draws_anew() -> None:
-    """Two models, held-out samples in two parts, of which the second begins at number 3."""
+    """Two models and held-out samples in two chunks. The second chunk begins at sample 3."""
     rows, sent = (torch.zeros(6, 50),), []
     defence = protection(seed=3, clip=1.0, gaussian=1.0)
 

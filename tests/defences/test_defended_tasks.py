@@ -1,4 +1,4 @@
-"""Defences of runs of any task, with several tensors of inputs: the same on every engine and over messages."""
+"""Defences for any task and for several input tensors: the same in every engine and in deployments."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ STRONG = {"clip": 0.5, "gaussian_noise": 0.2, "feature_dropout": 0.3, "nopeek": 
 
 
 class Sum(nn.Module):
-    """Two real tensors, one quantity."""
+    """A model of two real tensors with one number as its output."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right, self.body, self.head = nn.Linear(3, 8), nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 1)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """One number."""
+        """[R, 3], [R, 2] -> [R, 1]."""
         number: Tensor = self.head(self.body((self.left(left) + self.right(right)).relu()).relu())
         return number
 
@@ -53,7 +53,7 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("task", ["regression", "tokens"])
 def test_defended_alike_everywhere(task: str) -> None:
-    """Clipping, noise, dropout and NoPeek's penalty on several inputs change training, and alike on all engines."""
+    """Clipping, noise, dropout and NoPeek's penalty change training with several inputs, equally in all engines."""
     model, data = case(task)
     given: dict[str, Any] = {"algorithm": "psl", "task": task, "cut": "body", "clients": 3, "partition": "column"}
     given |= {"batch": 8, "rounds": 2, "client_lr": 0.01}
@@ -75,7 +75,7 @@ def test_defended_alike_everywhere(task: str) -> None:
 
 
 def test_a_watch_leaves_out_rows_that_do_not_count() -> None:
-    """A label below 0 is not a class: its pairs say nothing."""
+    """A label below 0 is not a class, so pairs with it are not compared."""
     draw = torch.Generator().manual_seed(0)
     gradients, rows = (torch.randn(24, 5, generator=draw) for _ in range(2))
     labels = torch.arange(24) % 3 - 1
