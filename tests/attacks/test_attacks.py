@@ -1,4 +1,4 @@
-"""Hostile clients in simulations: what they do is exact, alike in all engines, moves no more bytes, and is stated."""
+"""Hostile clients in simulations: exact, equal in all engines, without more bytes, and named in the results."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def run(c: RunConfig, **more: Any) -> Run:
 
 
 def trained(found: Run) -> list[dict[str, Any]]:
-    """The bytes of training: fewer models are evaluated if those of hostile clients are not."""
+    """The bytes of training. Evaluation is left out, since it skips the models of hostile clients."""
     return [row for row in found.training.ledger.table() if row["kind"] != "evaluation"]
 
 
 def hostile(found: Run) -> Any:
-    """The cohort of hostile clients."""
+    """The cohort that makes clients hostile."""
     cohort: Any = found.training.clients
     while not isinstance(cohort, HostileCohort):
         cohort = cohort.inner
@@ -68,7 +68,7 @@ def hostile(found: Run) -> Any:
 
 @pytest.mark.parametrize(("algorithm", "named"), EACH)
 def test_engines_are_attacked_alike_and_no_byte_more_moves(algorithm: str, named: str) -> None:
-    """And the attack changes the result."""
+    """The attack changes the result."""
     local, stacked = (run(config(algorithm, named, engine=engine)) for engine in ("local", "stacked"))
     honest = run(config(algorithm, engine="local"))
     assert [one.training.engine for one in (local, stacked)] == ["local", "stacked"]
@@ -87,7 +87,7 @@ def test_engines_are_attacked_alike_and_no_byte_more_moves(algorithm: str, named
 
 @pytest.mark.parametrize("algorithm", ["sfl", "ssl"])
 def test_an_attacked_run_is_resumed_exactly(algorithm: str, tmp_path: Path) -> None:
-    """Draws are named by round and step; what a client had received is kept. Where one model travels, too."""
+    """Random draws depend on round and step, and the models that clients received are stored. SSL has one model."""
     c = config(algorithm, "poison:2@1", "labels@2", checkpoint_every=1)
     quiet = run(c)
     broken = Run(c, model=make(mlp), data=source(SIZES, (6,)), out=tmp_path / "run")
@@ -100,11 +100,11 @@ def test_an_attacked_run_is_resumed_exactly(algorithm: str, tmp_path: Path) -> N
     assert difference(server_state(quiet), server_state(resumed)) == 0
 
 
-# What each does
+# The effect of each attack
 
 
 def begun(algorithm: str, named: str, **options: Any) -> tuple[Any, Any]:
-    """The attacked cohort and one that is not, at the beginning of a round."""
+    """An attacked cohort and one without attack, at the beginning of a round."""
     options = {"participation": 1.0, "engine": "local", **options}
     found = []
     for attacks in ((named,), ()):
@@ -142,7 +142,7 @@ def test_random_features_look_like_real_ones() -> None:
 
 
 def test_draws_are_named_by_round_and_step() -> None:
-    """So that a resumed run draws as one that was not interrupted, and no two steps draw the same."""
+    """A resumed run draws like an uninterrupted one, and each step draws something else."""
     cohort = hostile(Run(config("psl", "features@1,2"), model=make(mlp), data=source(SIZES, (6,))))
 
     def drawn(index: int) -> list[int]:
@@ -157,7 +157,7 @@ def test_draws_are_named_by_round_and_step() -> None:
 
 
 def test_a_flipped_sign_climbs() -> None:
-    """A step of plain descent goes as far in the other direction, and others' steps are as they were."""
+    """A step of plain descent goes equally far in the opposite direction. Steps of other clients do not change."""
     ends = []
     for named in ((), ("sign@1",), ("sign:3@1",)):
         c = config("psl", *named, client_optimizer="sgd", rounds=1, batch=10, participation=1.0, engine="local")
@@ -173,7 +173,7 @@ def test_a_flipped_sign_climbs() -> None:
 
 
 def by_hand(algorithm: str, named: str, update: Any, **options: Any) -> None:
-    """The average of a round with an attack is that of the models of a round without, one of them changed."""
+    """Compares the average of an attacked round with that of an honest round with one changed model."""
     c = config(algorithm, rounds=1, participation=1.0, engine="local", **options)
     start = client_state(Run(c, model=make(mlp), data=source(SIZES, (6,))))
     plain = Run(c, model=make(mlp), data=source(SIZES, (6,)))
@@ -194,7 +194,7 @@ def test_updates_are_multiplied(named: str, factor: float, accumulate: int) -> N
 
 
 def test_a_batch_that_waits_makes_its_step_before_the_model_leaves() -> None:
-    """Averaged in the middle of a round, too."""
+    """A model is averaged in the middle of a round, after the step of a batch that was accumulated."""
     ends = []
     for cohort in begun("sfl", "poison:-3@1", client_optimizer="sgd", accumulate=2):
         start = {name: t.clone() for name, t in cohort.model_state(1).items()}
@@ -238,11 +238,11 @@ def test_labels_are_flipped() -> None:
     assert shuffled[:4] == [0, 1, 2, 3]
     assert sorted(shuffled) == list(range(10))
     assert shuffled != quantities.tolist()
-    assert samples.y.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, -100, 3]  # untouched
+    assert samples.y.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, -100, 3]  # unchanged
 
 
 def test_scores_are_those_of_the_honest() -> None:
-    """In the means, in each client's own scores, and of their own test rows."""
+    """In means, in the scores of each client, and on the clients' own test rows."""
     found = run(config("psl", "scale:9@1", "sign@3", evaluate_on="both", own_test=0.5, participation=1.0))
     assert {k for e in found.by_client.values() if e is not None for k in e.scores} == {0, 2}
     assert found.training.remarks[0] == (
@@ -261,7 +261,7 @@ def test_rows_are_looked_at_where_somebody_attacks() -> None:
         cohort = cohort.inner
 
 
-# Stated, and refused
+# Statements in results, and refusals
 
 
 def test_an_attacked_run_does_not_look_like_an_honest_one(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ class Crops(Attack):
     """Sends fewer rows."""
 
     def rows(self, rows: tuple[Tensor, ...], draw: torch.Generator) -> tuple[Tensor, ...]:
-        """All but one."""
+        """All rows except the first."""
         return tuple(r[1:] for r in rows)
 
 
