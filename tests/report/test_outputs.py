@@ -1,4 +1,4 @@
-"""The other outputs of a report: differences to a baseline, tidy CSV, a table and figures for a paper."""
+"""Other outputs of a report: differences to a baseline, tidy CSV, and a table and figures for a paper."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def test_differences_are_those_of_runs_with_the_same_seed(folder: Path) -> None:
     report = read(folder)
-    for entry in report.entries:  # each seed's data are easier than the last's; one method is better by 1, 2 and 6
+    for entry in report.entries:  # seeds differ by 10 points; SGLR is better by 1, 2 and 6
         for run, gain in zip(entry.runs, (1, 2, 6), strict=True):
             assert run.result is not None
             run.result["test_score"] = 0.1 * run.seed + (0.01 * gain if entry.name.startswith("sglr") else 0)
@@ -95,7 +95,7 @@ def test_many_studies_are_gathered(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "all"
     written = collect_studies([folder, tmp_path / "r", tmp_path / "else/r"], out)
     assert [path.name for path in written] == ["table.csv", "steps.csv", "evaluations.csv", "clients.csv"]
-    studies = ["c"] * 3 + [str(tmp_path / "r"), str(tmp_path / "else/r")]  # two have one name
+    studies = ["c"] * 3 + [str(tmp_path / "r"), str(tmp_path / "else/r")]  # two folders have the same name
     assert [row["study"] for row in table(out / "table.csv")] == studies
     steps = table(out / "steps.csv")
     assert len(steps) == 3 * 3 * 8 + 2 * 8
@@ -117,7 +117,7 @@ def test_a_table_for_a_paper(folder: Path) -> None:
     assert rows[0].startswith(r"Method & Test accuracy (\%) & $\Delta$ to PSL")
     assert escaped("a\\b~c^d{e}#") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#"
     report = read(folder)
-    assert latex(report, None).count("&") == 3 * (1 + len(ENTRIES)) + 1  # one of them is a name's
+    assert latex(report, None).count("&") == 3 * (1 + len(ENTRIES)) + 1  # one & is part of a name
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
@@ -130,7 +130,7 @@ def test_latex_takes_it(folder: Path, tmp_path: Path) -> None:
 
 
 def test_figures_of_a_columns_width(folder: Path) -> None:
-    """Letters stay text; each line has its own dashes, so that it can be distinguished without colours."""
+    """Text stays text. Each line has its own dashes, which distinguish it without colours."""
     first = write(folder, Wanted(pdf=True, svg=True))
     assert [path.name for path in first[3:]] == [f"{name}.{kind}" for kind in ("pdf", "svg") for name in FIGURES]
     assert (folder / f"{FIGURES[0]}.pdf").read_bytes().startswith(b"%PDF")

@@ -1,4 +1,4 @@
-"""The report: made from files alone, so the folders here are written by hand, as a run would write them."""
+"""Reports are made from files alone, so these tests write folders like those of runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_run(
     class_names: list[str] | None = None,
     validation: bool = True,
 ) -> None:
-    """A run folder of two steps per epoch, 60 samples each; accuracy grows evenly to `accuracy`."""
+    """A run folder with two steps per epoch of 60 samples each. Accuracy grows linearly to `accuracy`."""
     path.mkdir(parents=True)
     config = {"algorithm": algorithm, "seed": seed, "data": "digits", "clients": clients, "partition": "iid"}
     config |= {
@@ -77,7 +77,7 @@ def make_run(
 def make_comparison(
     path: Path, entries: dict[str, str], seeds: tuple[int, ...] = (0, 1), *, finished: bool = True, **options: Any
 ) -> None:
-    """A comparison of `entries` (name: algorithm), with accuracies 80 % and, for the second seed, 82 %."""
+    """A comparison of `entries` (name: algorithm), with accuracies of 80% and, for the second seed, 82%."""
     path.mkdir()
     plain = [name for name, algorithm in entries.items() if name == algorithm]
     variants = {name: {"algorithm": algorithm, "phi": 0.25} for name, algorithm in entries.items() if name != algorithm}
@@ -100,7 +100,7 @@ def make_comparison(
 
 
 class Page(HTMLParser):
-    """The tags of a page and the text that a reader sees."""
+    """The tags of a page, and the text that readers see."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -221,13 +221,13 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
 def test_unfinished_run(tmp_path: Path) -> None:
     make_run(tmp_path / "r", done=False)
     with (tmp_path / "r/steps.jsonl").open("a") as file:
-        file.write('{"step": 8, "rou')  # a crash cut this line
+        file.write('{"step": 8, "rou')  # a line that was cut off by a crash
     write(tmp_path / "r")
     page = Page(tmp_path / "r")
     assert page.text.index("Not finished") < page.text.index("Result")
     assert "step 8" in page.text
     assert "80.00" in page.text
-    assert "10.0" in page.text  # 8 steps in .8 seconds
+    assert "10.0" in page.text  # 8 steps in 0.8 seconds
 
 
 def test_unfinished_comparison(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_unfinished_comparison(tmp_path: Path) -> None:
     page = Page(folder)
     assert "5 of its 8 runs are done" not in page.text  # runs without an evaluation count as not done
     assert "3 of its 8 runs are done; not evaluated yet: slow" in page.text
-    assert "81.00 ± 1.41" in page.text  # psl: both seeds
-    assert "80.00" in page.text  # sfl: the seed that is done
-    assert "not finished: after 4 epochs" in page.text  # sglr: none is done
+    assert "81.00 ± 1.41" in page.text  # psl: mean of both seeds
+    assert "80.00" in page.text  # sfl: the seed that is finished
+    assert "not finished: after 4 epochs" in page.text  # sglr: no seed is finished
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
         for what in ("pass", run)
     ]
     assert (tmp_path / "r/report.html").exists()
-    assert not re.search(r"'(torch|matplotlib|jinja2)'", loaded[0].stdout)  # format_bytes costs nothing
+    assert not re.search(r"'(torch|matplotlib|jinja2)'", loaded[0].stdout)  # format_bytes needs no imports
     assert "'torch'" not in loaded[1].stdout
     assert "'matplotlib.pyplot'" not in loaded[1].stdout
 
@@ -333,7 +333,7 @@ def test_format_bytes(n: int, text: str) -> None:
 
 
 def make_judged(path: Path, metric: str, *, share: bool, maximise: bool, classes: int = 0, clients: int = 4) -> None:
-    """A run folder as `make_run` makes it, of another metric, with every client's scores."""
+    """A run folder like that of `make_run`, with another metric and with every client's scores."""
     make_run(path, clients=clients, classes=max(1, classes))
     (path / "metric.json").write_text(json.dumps({"name": metric, "share": share, "maximise": maximise}))
     if not classes:
@@ -374,7 +374,7 @@ def test_metrics_of_each_class(tmp_path: Path) -> None:
 
 
 def test_less_is_better(tmp_path: Path) -> None:
-    """The best evaluation and what it takes to reach a score follow the metric."""
+    """The best evaluation, and the cost of reaching a score, follow the direction of the metric."""
     for name, last in (("psl", 0.8), ("fl", 0.4)):
         for seed in (0, 1):
             place = tmp_path / "c" / name / f"seed-{seed}"
@@ -383,7 +383,7 @@ def test_less_is_better(tmp_path: Path) -> None:
     (tmp_path / "c/config.toml").write_text(tomli_w.dumps({"algorithms": ["psl", "fl"], "seeds": [0, 1]}))
     write(tmp_path / "c")
     page = (tmp_path / "c/report.html").read_text()
-    assert "To reach 0.2 test mae" in page  # psl's first evaluation, which is its best
+    assert "To reach 0.2 test mae" in page  # the first evaluation of psl is its best
     assert "rounded up" in page
 
 

@@ -1,4 +1,4 @@
-"""What the page and the tables say of clients that work at their own pace."""
+"""Pages and tables for clients that work at their own pace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = "age of a batch"
 
 
 def page_of(folder: Path) -> str:
-    """The report without its pictures."""
+    """The HTML report without pictures."""
     return html.render(collect.read(folder), [], b"")
 
 
@@ -37,7 +37,7 @@ def test_a_comparison_shows_ages_beside_what_waits_for_all(tmp_path: Path, capsy
     page = page_of(tmp_path / "c")
     assert HEAD in page
     assert "a client waits" in page
-    assert 'id="staleness"' not in page  # of single runs
+    assert 'id="staleness"' not in page  # only in reports of single runs
     for text in (*staleness.means(gas.batch_age, gas.model_age), staleness.waits(sfl.idle_seconds)):
         assert f"<td>{text}</td>" in page
     print_comparison(comparison.table())
