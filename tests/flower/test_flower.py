@@ -1,4 +1,4 @@
-"""Cutlayer as a Flower app, with Flower's own processes: the example as it is, and what can go wrong."""
+"""Cutlayer as a Flower app with Flower's own processes: the example, and errors."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from cutlayer.options import RunConfig
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
-PATIENCE = 150.0  # seconds for anything here
+PATIENCE = 150.0  # seconds, for each wait
 pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """For Flower's processes; what they put into temporary folders can be found."""
+    """One thread for Flower's processes, and a known place for their temporary folders."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
 
 
 def _alive(folder: Path) -> list[str]:
-    """Commands of the federation in `folder`, started by any process."""
+    """Commands of all processes that belong to the federation in `folder`."""
     mark = f"FLWR_HOME={folder.resolve() / 'flwr'}\0".encode()
     found = []
     for process in Path("/proc").iterdir():
@@ -67,7 +67,7 @@ def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def _config(cut: str = "") -> RunConfig:
-    """The example's, as a local simulation takes it; with these cuts, if some are given."""
+    """The example's configuration for a local simulation, optionally with other cuts."""
     options = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     return RunConfig.of(
         {k: v for k, v in options.items() if k != "serve" and v != ""} | {"engine": "local", "cut": cut or None}
@@ -95,7 +95,7 @@ def test_the_example_gives_the_simulations_numbers(cut: str, tmp_path: Path) -> 
     finally:
         process.kill()
     assert process.returncode == 0, said
-    assert "client-2" in said  # the table
+    assert "client-2" in said  # the table of clients
 
     local = Run(_config(cut), out=tmp_path / "local")
     records = list(local)
@@ -125,7 +125,7 @@ def test_the_example_gives_the_simulations_numbers(cut: str, tmp_path: Path) -> 
 
 
 def _leaves_nothing(tmp_path: Path) -> None:
-    """No process, no key, and no token in what was logged or kept."""
+    """Checks that no processes are left, and no keys or tokens in logs and files."""
     _until(lambda: not _alive(tmp_path / "f"), "processes are left", 30)
     _keeps_no_secret(tmp_path)
 
@@ -137,7 +137,7 @@ def _keeps_no_secret(tmp_path: Path) -> None:
             text = file.read_bytes()
             assert b"PRIVATE KEY" not in text, file
             if file.suffix in (".log", ".json", ".jsonl", ".toml"):
-                assert not re.search(rb"(?<![\w-])[\w-]{43}(?![\w-])", text), file  # the form of a token
+                assert not re.search(rb"(?<![\w-])[\w-]{43}(?![\w-])", text), file  # looks like a token
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_an_interrupted_example_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Any]:
-    """The example's federation: a SuperLink, and no node yet."""
+    """The example's federation with a SuperLink and no nodes."""
     spec = importlib.util.spec_from_file_location("flower_example", EXAMPLE / "run.py")
     assert spec is not None
     assert spec.loader is not None
@@ -168,7 +168,7 @@ def federation(tmp_path: Path) -> Iterator[Any]:
 
 
 def _ended(federation: Any, *config: str) -> str:
-    """Run, to its end; how it ended."""
+    """Runs the app until it ends and returns its status."""
     until = time.monotonic() + PATIENCE
     options = [word for given in config for word in ("--run-config", given)]
     federation.flwr("run", str(EXAMPLE), "local", "--stream", *options, until=until, quiet=True)
@@ -180,7 +180,7 @@ def _ended(federation: Any, *config: str) -> str:
 
 @pytest.mark.slow
 def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None:
-    """Wrong options, too few nodes, a node whose data are missing, a node that does not answer."""
+    """Wrong options, too few nodes, a node without its data, and a node that does not answer."""
     said = _ended(federation, 'algorithm="sgrl"')
     assert "finished:failed" in said
     assert "unknown algorithm 'sgrl': did you mean 'sgl'?" in said
@@ -193,7 +193,7 @@ def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None
     assert "client-0 (node" in said
     assert "has failed before training: " in said
     assert "nowhere" in said
-    assert time.monotonic() - begin < 100  # not by the patience
+    assert time.monotonic() - begin < 100  # ended before the patience was over
 
     node = federation.processes[-1]
     node.send_signal(signal.SIGSTOP)
@@ -207,7 +207,7 @@ def test_what_goes_wrong_has_a_sentence(federation: Any, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_ends_on_both_sides(federation: Any, tmp_path: Path) -> None:
-    """`flwr stop`: the ServerApp sends Bye, the ClientApp receives it, and neither waits for the other."""
+    """After `flwr stop`, the ServerApp sends Bye, the ClientApp receives it, and neither waits for the other."""
     federation.supernode(0)
     out, until = tmp_path / "f" / "run", time.monotonic() + PATIENCE
     options = ("--run-config", f'clients=1 rounds=100000 serve.out="{out}"')
@@ -346,7 +346,7 @@ def test_a_node_names_its_own_code() -> None:
 
 
 def test_a_node_names_its_own_task(tmp_path: Path) -> None:
-    """The file is the node's; that it says the same as the server's is compared when the client joins."""
+    """The file is the node's own. The handshake compares it with the server's when the client joins."""
     from flwr.app import Context, RecordDict
 
     from cutlayer.flower.invitation import Invitation
@@ -367,13 +367,13 @@ def test_a_node_names_its_own_task(tmp_path: Path) -> None:
 
 
 def test_flowers_simulation_is_refused() -> None:
-    """It runs the ServerApp on a thread, and ClientApps where they cannot connect."""
+    """It runs the ServerApp in a thread, and ClientApps cannot connect to it."""
     from flwr.app import Context, RecordDict
     from flwr.superlink.grid import HttpGrid
 
     from cutlayer.flower.app import server
 
-    grid = HttpGrid("127.0.0.1:1", insecure=True, token="nobody's")  # connects when it is used
+    grid = HttpGrid("127.0.0.1:1", insecure=True, token="nobody's")  # connects only when it is used
     with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match="cutlayer run"):
         pool.submit(server, grid, Context(1, 2, {}, RecordDict(), {})).result(60)
 
