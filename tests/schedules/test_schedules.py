@@ -1,4 +1,4 @@
-"""Schedules: their factors of the rates, warm-up, the user's own functions."""
+"""Schedules: their factors of the learning rates, warm-up, and the user's own functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_of(**options: Any) -> Run:
 
 
 def factors(**options: Any) -> list[tuple[float, float]]:
-    """The clients' and the server's, round by round."""
+    """The factors of the clients and of the server, round by round."""
     training = run_of(**options).training
     return [rate_factors(training, index) for index in range(training.rounds)]
 
@@ -39,7 +39,7 @@ def test_linear_falls_to_its_end() -> None:
 
 
 def test_onecycle_is_torchs() -> None:
-    """At the moments of its steps, torch's OneCycleLR with the same figures gives the same rates."""
+    """torch's OneCycleLR with the same parameters gives the same rates at the same progress."""
     made = plugins.load("schedule", "onecycle")()
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -47,7 +47,7 @@ def test_onecycle_is_torchs() -> None:
         optimizer, max_lr=1.0, total_steps=1001, pct_start=0.3, cycle_momentum=False
     )
     for i in range(1000):
-        # torch counts to total_steps - 1, and its peak comes one step early.
+        # torch counts to total_steps - 1, so its peak comes one step early.
         mine = made.factor(i / 1000)
         assert mine == pytest.approx(theirs.get_last_lr()[0], abs=6e-3)
         optimizer.step()
@@ -58,7 +58,7 @@ def test_onecycle_is_torchs() -> None:
 
 
 def test_warmup_rises_and_leaves_the_rest_to_the_schedule() -> None:
-    """The usual schedule of transformers: a linear rise, then a line down over the rounds that are left."""
+    """The usual schedule of transformers: a linear rise, then a linear fall over the remaining rounds."""
     expected = [1 / 5, 2 / 5, 3 / 5, 4 / 5, *(1 - i / 6 for i in range(6))]
     assert clients(lr_schedule="linear", lr_warmup=0.4) == pytest.approx(expected)
     cosine = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8))]
@@ -107,7 +107,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_a_function_is_a_schedule(place: Path) -> None:
-    """Of the progress, or of the number of the round; its keywords are options."""
+    """Its argument is the progress or the number of the round. Its keywords are options."""
     assert clients(lr_schedule=f"{place}:half") == [1.0] * 5 + [0.25] * 5
     assert clients(lr_schedule=f"{place}:half", share=0.2) == [1.0] * 2 + [0.25] * 8
     assert clients(lr_schedule=f"{place}:stairs") == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25]
@@ -128,7 +128,7 @@ def test_what_a_function_gives_is_checked_first(place: Path) -> None:
 
 
 def test_in_a_deployment_both_sides_read_their_own_file(place: Path) -> None:
-    """The records are the simulation's."""
+    """The deployment's results are those of the simulation."""
     options: dict[str, Any] = {"lr_schedule": f"{place}:stairs", "lr_warmup": 0.2, "client_optimizer": "sgd"}
     there = run_of(**options)
     remote = train_in_memory(there.config, model=smooth, data=random_source((4, 4)))
