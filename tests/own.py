@@ -1,4 +1,4 @@
-"""A codec and a defence of a user's own, as files that a configuration names."""
+"""A user's own codec and defence, in a file that a configuration names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Grid(Codec):
 
     @classmethod
     def of(cls, argument: str | None) -> Self:
-        """The step."""
+        """A codec with the given step."""
         try:
             return cls() if argument is None else cls(float(argument))
         except ValueError:
@@ -34,62 +34,62 @@ class Grid(Codec):
 
     @property
     def argument(self) -> str:
-        """The step."""
+        """The step as text."""
         return repr(self.step)
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """The mean, then two bytes per number."""
+        """8 bytes for the mean, then 2 bytes per number."""
         return 8 + 2 * math.prod(shape)
 
     def write(self, x: Tensor) -> list[Tensor]:
-        """The mean, which all rows share, and steps from there. There is none for NaN, which the mean shows."""
+        """The mean of all rows, and each number's distance from it in steps. If any is NaN, so is the mean."""
         mean = x.double().mean().view(1)
         steps = ((x - mean) / self.step).round().nan_to_num(0, 0, 0).clamp(-32768, 32767)
         return [mean, steps.to(torch.int16)]
 
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The sum."""
+        """The mean plus the steps."""
         mean = torch.frombuffer(bytearray(payload[:8]), dtype=torch.float64)
         steps = torch.frombuffer(bytearray(payload[8:]), dtype=torch.int16).view(tuple(shape))
         return (mean + steps * self.step).to(dtype)
 
     def bound(self, x: Tensor) -> Tensor:
-        """Half a step, and what is beyond the last one."""
+        """About half a step, and the part of a number that is out of range."""
         beyond = ((x - x.double().mean()).abs() - 32767 * self.step).clamp(min=0)
         return self.step * 0.51 + beyond + (x.double().abs() + beyond) * torch.finfo(x.dtype).eps
 
 
 @codec("careless")
 class Careless(Codec):
-    """Says another size than it writes."""
+    """Claims another size than it writes."""
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """One byte too few."""
+        """One byte less than it writes."""
         return math.prod(shape) * 2 - 1
 
     def write(self, x: Tensor) -> list[Tensor]:
-        """Two bytes per number."""
+        """Two bytes for each number."""
         return [x.half()]
 
     def read(self, payload: memoryview, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Never comes to that."""
+        """Is never called."""
         raise AssertionError
 
     def bound(self, x: Tensor) -> Tensor:
-        """Unknown."""
+        """Not known."""
         return torch.full((), math.inf)
 
 
 @defence("shrink")
 class Shrink(Defence):
-    """Shrinks smashed data by a random factor, and penalises its length."""
+    """Multiplies smashed data by random factors, and penalises their length."""
 
     order = 15
 
     shrink: float = option(0.5, gt=0, le=1, help="The least factor.")
 
     def protect(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
-        """Every number times a factor of its own."""
+        """Multiplies every number by its own factor."""
         return tuple(r * drawn(self._factors, r, sizes, draws) for r in rows)
 
     def penalty(self, x: Tensor, z: Tensor) -> Tensor:

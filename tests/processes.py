@@ -1,8 +1,8 @@
-"""Command lines as processes of their own, forked from one that has imported everything already.
+"""Command lines as separate processes, forked from a process that has imported everything already.
 
-Python and torch take seconds to start, a fork takes milliseconds. `start` sends a command line to a process that has
-only imported and never computed, so that it has no threads; this process forks, and the child runs `cutlayer.cli.main`
-and ends as `python -m cutlayer` does. What start-up itself does is tested by the few tests that start Python.
+Python and torch take seconds to start, but a fork takes milliseconds. `start` sends a command line to a process that
+has only imported modules and computed nothing, so it has no threads. This process forks, and the child runs
+`cutlayer.cli.main` and ends like `python -m cutlayer`. A few tests start Python itself, to test the start.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ IMPORTED = [
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNET = 0x40000000
 _NO_THREADS = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-_STARTED = 60.0  # seconds within which a process is forked, the imports of the first included
+_STARTED = 60.0  # seconds in which a process must be forked, including the imports of the first
 
 
 class Process:
-    """A forked process, used as a `subprocess.Popen` is."""
+    """A forked process with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int, status: int) -> None:
         self.pid = pid
@@ -50,18 +50,18 @@ class Process:
         self._status = status
 
     def poll(self) -> int | None:
-        """The exit code, or minus the signal; None while it runs."""
+        """The exit code, minus the signal's number, or None if the process still runs."""
         return self._look(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code. Raises subprocess.TimeoutExpired."""
+        """Wait for the exit code. Raises subprocess.TimeoutExpired."""
         code = self._look(timeout)
         if code is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
         return code
 
     def send_signal(self, number: int) -> None:
-        """Nothing happens if it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -73,12 +73,12 @@ class Process:
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             said = os.read(self._status, 64)
             os.close(self._status)
-            self.returncode = int(said) if said else -signal.SIGKILL  # nothing is said if the forking process is gone
+            self.returncode = int(said) if said else -signal.SIGKILL  # nothing is said if the forking process has died
         return self.returncode
 
 
 class _Forking:
-    """The process that forks, as its user sees it."""
+    """The process that forks, seen from the test's process."""
 
     def __init__(self) -> None:
         own, other = socket.socketpair()
@@ -124,9 +124,10 @@ def start(
     path: Sequence[Path] = (),
     program: str = "cutlayer.cli",
 ) -> Process:
-    """A process that runs `cutlayer ARGV`. `namespace`: the network namespace that it runs in, by name; `path`: where
-    it finds modules and packages besides, as if PYTHONPATH named these folders; `program`: another module, whose
-    `main()` is run.
+    """Start a process that runs `cutlayer ARGV`.
+
+    `namespace`: the name of its network namespace. `path`: more folders in which it finds modules, as if PYTHONPATH
+    named them. `program`: another module, whose `main()` runs instead.
     """
     global _forking
     if _forking is None:
@@ -156,8 +157,8 @@ def start(
 
 
 def _serve(control: socket.socket) -> dict[str, Any] | None:
-    """Fork for each job, and tell how each child ended, until the other side closes. In a child: its job."""
-    statuses: dict[int, tuple[int, int]] = {}  # by the child's descriptor: its number, and where its end is told
+    """Fork for each job and report each child's end, until the other side closes. In a child, return its job."""
+    statuses: dict[int, tuple[int, int]] = {}  # a child's descriptor: its process number, and where to report its end
     while True:
         ready, _, _ = select.select([control, *statuses], [], [])
         for descriptor in ready:
@@ -181,7 +182,7 @@ def _serve(control: socket.socket) -> dict[str, Any] | None:
                 pid, status = statuses.pop(descriptor)
                 os.close(descriptor)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with suppress(BrokenPipeError):  # no process waits for it any more
+                with suppress(BrokenPipeError):  # nothing waits for this process any more
                     os.write(status, str(code).encode())
                 os.close(status)
 
@@ -194,9 +195,9 @@ def _exactly(control: socket.socket, size: int) -> bytes:
 
 
 def _become(job: dict[str, Any], out: int, err: int) -> None:
-    """Take the job's streams, folder, environment and place."""
+    """Set the job's streams, folder, environment and namespace."""
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the tests
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the tests
     if job["new_session"]:
         os.setsid()
     if job["namespace"]:
@@ -219,13 +220,13 @@ def _run() -> None:
     control.set_inheritable(False)
     for name in IMPORTED:
         importlib.import_module(name)
-    gc.freeze()  # a child that looked for garbage among all this, at its end at the latest, would copy it
+    gc.freeze()  # otherwise a child's garbage collection, at its end at the latest, would copy all this memory
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot fork"
     if (job := _serve(control)) is not None:
         importlib.import_module(job["program"]).main()
 
 
 if __name__ == "__main__":
-    # Under a shell that runs its jobs in the background, processes ignore Ctrl-C from birth: make these ones heed it.
+    # If a shell runs its jobs in the background, its processes ignore Ctrl-C from the start. These should not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _run()

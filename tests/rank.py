@@ -1,4 +1,4 @@
-"""Ranks of a test: a few processes that compute the same list of cases together; the test's own process is rank 0."""
+"""Ranks of a test: a few processes compute the same list of cases together. The test's own process is rank 0."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint_every": 1,
 }
 Case = Mapping[str, Any]
-"""Options of a run, with a `model` and `data` by name or `own`: one of the models here; `stop`: the round in which it
-is left; `resume`: it goes on.
+"""Options of a run, with `model` and `data` by name, or `own`: one of the models below. `stop`: the round in which the
+run is interrupted. `resume`: whether it continues an interrupted run.
 """
 
 
@@ -54,7 +54,7 @@ def _norm_below() -> nn.Module:
 
 
 class Ranked(nn.Sequential):
-    """Each client's adapters have a rank of their own."""
+    """A model whose clients have adapters of different ranks."""
 
     def __init__(self) -> None:
         super().__init__(Adapted(6, 8, 3), nn.ReLU(), Adapted(8, CLASSES, 3))
@@ -71,7 +71,7 @@ OWN: dict[str, Any] = {
 
 
 class Outcome(NamedTuple):
-    """What a run came to: exact facts, numbers, bytes that this rank had sent at each record; or the error."""
+    """The outcome of a run: exact facts, numbers, and the bytes that this rank had sent at each record; or an error."""
 
     facts: Any = None
     numbers: Any = None
@@ -80,11 +80,11 @@ class Outcome(NamedTuple):
 
 
 def trained(case: Case) -> Outcome:
-    """What a case comes to here."""
+    """Run a case in this process."""
     options = {**DEFAULTS, **case}
     own, stop, resume = options.pop("own", "mlp cut 2"), options.pop("stop", None), options.pop("resume", False)
     model, shape, cut = OWN[own]
-    named = "model" in options  # with data of its own
+    named = "model" in options  # the case names its own model and data
     given: dict[str, Any] = {} if named else {"model": make(model), "data": source(SIZES[: options["clients"]], shape)}
     try:
         run = Run.resume(options["out"], **given) if resume else Run(**{"cut": cut, **options}, **given)
@@ -117,7 +117,7 @@ def trained(case: Case) -> Outcome:
 
 
 def difference(one: Outcome, other: Outcome) -> float:
-    """The largest difference of two runs whose facts are the same."""
+    """The largest difference of the numbers of two runs, whose facts must be equal."""
     assert not one.error, one.error
     assert not other.error, other.error
     assert one.facts == other.facts
@@ -127,7 +127,7 @@ def difference(one: Outcome, other: Outcome) -> float:
 
 
 def together(size: int, cases: Sequence[Case], folder: Path) -> list[Outcome]:
-    """The results of the cases on `size` ranks; this process is the first."""
+    """The outcomes of the cases on `size` ranks; this process is the first of them."""
     store = f"file://{folder / 'store'}"
     (folder / "cases.json").write_text(json.dumps(list(cases)), encoding="utf-8")
     here = [Path(__file__).parent]
@@ -155,7 +155,7 @@ def _as_one_of(rank: int, size: int, store: str, cases: Sequence[Case]) -> list[
 
 
 def main() -> None:
-    """Be one of the ranks after the first."""
+    """Run as one of the ranks after the first."""
     rank, size, store, cases = sys.argv[1:]
     warnings.simplefilter("ignore", CutlayerWarning)
     torch.set_num_threads(1)

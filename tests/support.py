@@ -1,5 +1,5 @@
-"""What several tests need: small models in float64, random data, an algorithm run by hand, plain SGD to compare with,
-the command line called in this process.
+"""Helpers for several tests: small models in float64, random data, an algorithm run by hand, plain SGD for comparison,
+and the command line in this process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ State = dict[str, Tensor]
 
 
 def made(algorithm: str, **options: Any) -> Algorithm:
-    """An algorithm with these of its options; those that it does not have are left out."""
+    """An algorithm with those of the options that it has; others are ignored."""
     entry = plugins.find("algorithm", algorithm)
     return plugins.load("algorithm", algorithm).of({k: v for k, v in options.items() if k in entry.option_names})
 
@@ -54,7 +54,7 @@ def u_shaped(algorithm: str) -> bool:
 
 
 class Residual(nn.Module):
-    """x + f(x): a cut inside it lets two tensors cross."""
+    """x + f(x): two tensors cross at a cut inside it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,20 +66,20 @@ class Residual(nn.Module):
 
 
 class Tagger(nn.Module):
-    """Two tensors of inputs: words, and which of them are padding."""
+    """A model with two inputs: words, and a mask of padding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 4)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """Scores of each word's classes."""
+        """Scores [n, words, 4] for each word."""
         scores: Tensor = self.head(self.body(self.embed(words) * mask.unsqueeze(-1)).relu())
         return scores
 
 
 class Adapted(nn.Module):
-    """A frozen layer with an adapter, which begins with zeros."""
+    """A frozen layer with an adapter that starts at zero."""
 
     def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def mlp() -> nn.Module:
 
 
 def normed() -> nn.Module:
-    """Features [n, 6] -> scores [n, 4], with what has state and what draws; cuts 0..6."""
+    """Features [n, 6] -> scores [n, 4], with running statistics and dropout; cuts 0..6."""
     layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.BatchNorm1d(8)]
     return nn.Sequential(*layers, nn.Linear(8, 4))
 
@@ -137,17 +137,17 @@ def make(model: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 def samples(n: int, shape: tuple[int, ...], seed: int = 0) -> Samples:
-    """n random float64 samples; every class occurs when n >= CLASSES."""
+    """n random samples in float64. Every class occurs if n >= CLASSES."""
     return random_samples(n, shape, classes=CLASSES, seed=seed)
 
 
 def source(sizes: Sequence[int], shape: tuple[int, ...], seed: int = 0) -> Source:
-    """A data set whose client column deals `sizes` samples to the clients."""
+    """A data set with a client column that gives `sizes` samples to the clients."""
     return random_source(sizes, shape, classes=CLASSES, seed=seed)
 
 
 def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[int, ...], **options: Any) -> Run:
-    """Train with plain SGD in float64 on `source(sizes)`; the run, finished."""
+    """Train with plain SGD in float64 on `source(sizes)`, and return the finished run."""
     defaults: dict[str, Any] = {
         "clients": len(sizes),
         "partition": "column",
@@ -165,7 +165,7 @@ def train(algorithm: Any, model: nn.Module, sizes: Sequence[int], shape: tuple[i
 
 
 def is_what_a_run_counts(e: Expected, run: Run) -> None:
-    """Bytes under each convention, FLOPs, time and energy of a plan are those of a run that has ended."""
+    """A plan's bytes (in each convention), FLOPs, time and energy equal those of a finished run."""
     result, ledger = run.result, run.training.ledger
     assert result is not None
     assert (e.up, e.down) == (ledger.total("up"), ledger.total("down"))
@@ -181,7 +181,7 @@ def is_what_a_run_counts(e: Expected, run: Run) -> None:
 
 
 def simulated(run: Run) -> Any:
-    """The innermost cohort: that of the engine."""
+    """The innermost cohort, which is the engine's."""
     cohort: Any = run.training.clients
     while hasattr(cohort, "inner"):
         cohort = cohort.inner
@@ -199,12 +199,12 @@ def server_state(run: Run) -> State:
 
 
 def whole(run: Run, client: int = 0) -> State:
-    """One client's model with the server's."""
+    """The model of one client together with the server's."""
     return {**client_state(run, client), **server_state(run)}
 
 
 class Stream:
-    """One client's batches."""
+    """The batches of one client."""
 
     def __init__(self, batches: Batches, client: int) -> None:
         self.batches, self.client = batches, client
@@ -216,7 +216,7 @@ class Stream:
 
 
 def batches_of(sizes: Sequence[int], batch: int, seed: int = 0) -> list[Stream]:
-    """The clients' batches, as `source(sizes)` deals the rows."""
+    """The batches of the clients when `source(sizes)` deals the rows."""
     starts = np.cumsum([0, *sizes])
     batches = Batches([np.arange(a, b) for a, b in itertools.pairwise(starts)], batch, seed)
     return [Stream(batches, k) for k in range(len(sizes))]
@@ -225,7 +225,7 @@ def batches_of(sizes: Sequence[int], batch: int, seed: int = 0) -> list[Stream]:
 def sgd(
     model: nn.Module, data: Samples, batches: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None
 ) -> State:
-    """Centralised training by hand: one step per batch of row indices; the trained parameters. Rate .1 unless told."""
+    """Train centrally by hand, a step per batch of row indices, by default with SGD at rate 0.1; returns the state."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     for rows in batches:
         optimizer.zero_grad()
@@ -246,9 +246,9 @@ def by_hand(
     same_batches: bool = False,
     **options: Any,
 ) -> tuple[list[State], State, list[Step]]:
-    """Run an algorithm on parts cut by hand, past the checks of `Run`: client states, server state, records.
+    """Run an algorithm on parts cut by hand, without the checks of `Run`. Returns client states, server state, records.
 
-    With `same_batches` all clients draw client 0's order (for clients that hold the same rows).
+    With `same_batches`, all clients draw batches in the order of client 0 (for clients that have the same rows).
     """
     own = RunConfig(algorithm=algorithm, **options).thing("algorithm", algorithm)
     parts = cut(model, at, data.x[:3])
@@ -269,7 +269,7 @@ def by_hand(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal trees, tensors bit for bit."""
+    """Whether two trees are equal, with tensors compared bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -280,33 +280,33 @@ def same(a: Any, b: Any) -> bool:
 
 
 def difference(a: State, b: State) -> float:
-    """Largest absolute difference; the names must agree."""
+    """Largest absolute difference of two states with the same names."""
     assert a.keys() == b.keys()
     return max(((a[k] - b[k]).abs().max().item() for k in a), default=0.0)
 
 
 class Done(NamedTuple):
-    """How a command line ended."""
+    """The result of a command line."""
 
     returncode: int
     stdout: str
     stderr: str
 
 
-# A picture of one white point.
+# An image of one white pixel.
 POINT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg==")
 
 
 def call(*argv: str, cwd: Path | None = None, code: int | None = 0, plots: bool = False) -> Done:
-    """Run `cutlayer ARGV` in this process, in the folder `cwd`; it has to end with `code`, unless that is None.
+    """Run `cutlayer ARGV` in this process, in the folder `cwd`. It must end with `code`, unless that is None.
 
-    Drawing the plots of a run's report takes longer than a small run: they are drawn only where `plots` are looked at.
+    Drawing the plots of a report takes longer than a small run, so they are drawn only if `plots` is true.
 
-    What a process of its own would see is as in one: pipes for its streams, Python's usual warnings. What would outlast
-    the command (the allocator's settings, how warnings are shown) is left as it was.
+    As in a separate process, the command's streams are pipes, and it shows Python's usual warnings. It changes no
+    settings that outlast the command, such as the allocator's or those of warnings.
     """
     for module in ("cutlayer.report.planned", "cutlayer.reproduce.plots"):
-        importlib.import_module(module)  # they take `drawn` by name, and must not keep the substitute
+        importlib.import_module(module)  # these import `drawn` by name, and must not keep the replacement
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         if cwd is not None:
