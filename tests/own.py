@@ -20,7 +20,7 @@ from cutlayer.wire import Codec, codec
 @codec("grid")
 @dataclass(frozen=True)
 class Grid(Codec):
-    """Numbers as multiples of a step, two bytes each, after the mean of the tensor; e.g. grid:0.01."""
+    """Sends the tensor's mean and each number's distance from it in steps, as two bytes; e.g. grid:0.01."""
 
     step: float = 0.001
 

@@ -31,8 +31,8 @@ BEGUN = Standing(0, 4, 2.5, None, 0, 1.0, 0.5, "accuracy", True, ())
 
 
 def test_lines_of_several_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """There is a line for each evaluation and each run that ends. The time left weights the runs, includes those in
-    progress, and leaves out what was done before.
+    """Each evaluation and each finished run gets a line. The time left counts runs by weight, including those in
+    progress, but not the work of earlier processes.
     """
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -36,7 +36,7 @@ LINK = {"client_device": "raspberry-pi-4", "up_mbps": 10.0, "down_mbps": 50.0}
 
 
 def case(algorithm: str, **options: Any) -> Case:
-    """A run of that algorithm."""
+    """The options of a run of this algorithm."""
     tail = {"cut": "0", "tail_cut": "2"} if u_shaped(algorithm) else {}
     return {"algorithm": algorithm, **OWN.get(algorithm, {}), **tail, **options}
 

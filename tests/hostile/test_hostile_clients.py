@@ -334,7 +334,7 @@ def test_what_becomes_of_an_inventor(faulty: str, error: str) -> None:
 
 
 def test_the_travelling_model_moves_on_as_an_excluded_holder_received_it() -> None:
-    """The others continue from their own last state of the model, as in a run without that client."""
+    """The others continue with the model that they had trained so far, as in a run without that client."""
     attacked = Attacked("ssl", m.SmashedUp, rows_of(3e38))
     without = Attacked("ssl", m.Hello, lambda a, message, body: (message, body))
     without.hub.gone.add(CULPRIT)

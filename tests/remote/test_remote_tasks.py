@@ -92,7 +92,7 @@ def test_a_task_file_is_compared_by_its_code(tmp_path: Path) -> None:
 
 
 def test_nobody_can_balance_classes_that_clients_keep_to_themselves(tmp_path: Path) -> None:
-    """With its own data, a client refuses and names the remedy. With shares of common data, all counts agree."""
+    """With its own data, a client refuses and names the remedy. With shares of common data, all count alike."""
     data = table(tmp_path / "two.csv", (X[:, 0] > 0).long())
     own = table(tmp_path / "own.csv", (X[:, 0] > 0.9).long())
     ours = config(data, balanced_classes=True, class_names=("0", "1"))
@@ -134,7 +134,7 @@ def written(rows: int, width: int) -> int:
 
 
 def test_quantities_stay_with_the_clients() -> None:
-    """U-shape: of the targets, only the loss, the mass and what depends on the features' gradients go up."""
+    """U-shape: of the targets, only the loss, the mass and what the features' gradients reveal goes up."""
 
     def heard(shift: float) -> tuple[Listening, Run, Any]:
         y = X[:, 0] + shift

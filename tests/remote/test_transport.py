@@ -135,7 +135,7 @@ class Clients:
 
 
 class Raw:
-    """A client without Cutlayer's code, which can send anything."""
+    """A client that the test controls message by message, and that can send anything."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ HELLO = m.Hello(client="client-0", terms=TERMS, samples=10, mass=10)
 
 
 def signed(frame: bytes, **place: int) -> bytes:
-    """`frame` with a checksum that is right, and with this `number` and `conversation` if they are given."""
+    """`frame` with a correct checksum, and with this `number` and `conversation` if they are given."""
     if len(frame) < 40:
         return frame
     if place:
@@ -50,19 +50,19 @@ def signed(frame: bytes, **place: int) -> bytes:
 
 
 def to_server(data: bytes) -> None:
-    """A frame from a client."""
+    """Read a frame as a server."""
     frame = unpack(signed(data), "to server")
     assert isinstance(frame.message, m.FromClient)
 
 
 def to_client(data: bytes) -> None:
-    """Frames from a server."""
+    """Read frames as a client."""
     for piece in split(data):
         assert isinstance(unpack(signed(bytes(piece)), "to client").message, m.FromServer)
 
 
 def tensors(data: bytes) -> None:
-    """The body of a message, under each codec."""
+    """Read the body of a message with each codec."""
     for codec in CODECS:
         with suppress(WireError):
             found = decode(data, LIKE, ROWS, codec)
@@ -70,12 +70,12 @@ def tensors(data: bytes) -> None:
 
 
 def named(data: bytes) -> None:
-    """A model's state."""
+    """Read a model's state."""
     assert described(decode_named(data, described(STATE))) == described(STATE)
 
 
 def pieces(data: bytes) -> list[bytes]:
-    """`data`, cut where it says."""
+    """Cut `data` into pieces, whose sizes it contains."""
     found = []
     while len(data) >= 2 and len(found) < 20:
         size = int.from_bytes(data[:2], "little")
@@ -85,7 +85,7 @@ def pieces(data: bytes) -> list[bytes]:
 
 
 def talk_to_server(data: bytes) -> None:
-    """Answers, to a server that has asked for a forward pass, and will go on with a backward pass."""
+    """Read answers as a server that has asked for a forward pass."""
     server = ServerSide()
     server.receive(ClientSide().send(HELLO))
     server.send(m.Welcome(0, 1, 0, TERMS))
@@ -97,7 +97,7 @@ def talk_to_server(data: bytes) -> None:
 
 
 def talk_to_client(data: bytes) -> None:
-    """Requests, to a client that is welcome."""
+    """Read requests as a client that the server has welcomed."""
     server, client = ServerSide(), ClientSide()
     server.receive(client.send(HELLO))
     client.receive(server.send(m.Welcome(0, 1, 0, TERMS)))
@@ -110,14 +110,14 @@ TARGETS: list[Callable[[bytes], None]] = [to_server, to_client, tensors, named, 
 
 
 def one(data: bytes) -> None:
-    """What libFuzzer calls."""
+    """Read one input of libFuzzer."""
     if data:
         with suppress(WireError):
             TARGETS[data[0] % len(TARGETS)](data[1:])
 
 
 def seeds(folder: Path) -> None:
-    """Inputs that are right, for the fuzzer to begin with."""
+    """Write correct inputs for the fuzzer to begin with."""
     batch = [torch.ones(ROWS, 3, 4), torch.ones(ROWS, dtype=torch.bool)]
     found: dict[str, bytes] = {}
     said: Any
