@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Settings and hooks of the whole test suite."""
 
 import gc
 import os
@@ -7,25 +7,25 @@ import signal
 import pytest
 from hypothesis import settings
 
-# One thread for each process of the suite, and for those that tests start: more of them would wait for one another, and
-# sums differ in their last digits by the number of threads. Before anything imports torch.
+# One thread per process, also in processes that tests start: more threads would wait for each other, and the last
+# digits of sums depend on the number of threads. This must precede the import of torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUTLAYER_KEEP_MEMORY", "0")  # a suite of many runs is small, and would stay large
-# Nothing is measured unless a test is about that: what is the quickest differs from run to run, and its last digits.
+os.environ.setdefault("CUTLAYER_KEEP_MEMORY", "0")  # kept memory would add up over the many runs of the suite
+# Only tests of tuning measure speeds: the fastest way varies between runs, and with it the last digits of results.
 os.environ["CUTLAYER_TUNE"] = "off"
 
-# A shell starts what runs in the background with Ctrl-C ignored, and so would be whatever the tests start.
+# A shell starts background processes with Ctrl-C ignored, and the processes that tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples each time: what lands is decided by the change, not by luck. `make test-random` looks for new ones.
+# Tests draw the same examples each time, so a failure is due to a change. `make test-random` draws new ones.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("random", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
-# No power cut comes between two tests: what they write need not be on disk when they go on. A tenth of their time.
+# No power cut happens between tests, so files need not reach the disk. This saves a tenth of the time.
 os.fsync = lambda fd: None
 
-gc.disable()  # until all has been imported and collected
+gc.disable()  # until everything is imported and collected
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,8 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Imports and tests stay to the end: do not search them for garbage again and again, which takes a tenth of the
-    suite's time.
+    """Keeps imports and tests out of the garbage collection.
+
+    They stay until the end, and searching them repeatedly takes a tenth of the suite's time.
     """
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

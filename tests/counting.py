@@ -1,4 +1,4 @@
-"""A job for other processes that needs no torch, so that they begin at once."""
+"""A job for other processes that needs no torch, so they start quickly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cutlayer.errors import CutlayerWarning, NonFiniteError
 
 
 def counting(job: int) -> Generator[object, None, object]:
-    """Tells where it computes, then counts, warns, fails or ends its process, as the job says."""
+    """Yields its process number, and then counts, warns, fails or kills its process, depending on the job."""
     yield os.getpid()
     if job == 7:
         warnings.warn("seven", CutlayerWarning, stacklevel=1)

@@ -1,4 +1,4 @@
-"""Logit adjustment: what it computes, by hand and by what must follow; where it has a meaning; what it costs."""
+"""Logit adjustment: results by hand, properties that must follow, where it has an effect, and costs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SIDES = ["client", "server", "both"]
     ],
 )
 def test_engines_resumed_runs_and_bytes(algorithm: str, side: str) -> None:
-    """With clients of unequal sizes and classes, of whom some take part in each round."""
+    """Clients have different sizes and classes, and only some take part in each round."""
     check_algorithm(algorithm, one_client_is_sgd=False, logit_adjust=side, tau=0.7)
 
 
 def test_one_union_step() -> None:
-    """Averaged after every step: one model on all rows is what clients one by one are."""
+    """With averaging after every step, the union step equals the steps of single clients."""
     for algorithm, side in (("sflv1", "both"), ("sflv1", "server"), ("fl", "client")):
         cut = {} if algorithm == "fl" else {"cut": "2"}
         options: dict[str, Any] = {**cut, "local_steps": 1, "rounds": 4, "logit_adjust": side}
@@ -58,7 +58,7 @@ def shift(rows: Tensor, y: Tensor, tau: float) -> Tensor:
 
 
 def by_hand(source: Source, sizes: list[int], here: list[int], side: str, tau: float) -> dict[str, Tensor]:
-    """The parameters of one PSL step by the rule: client 0's (of `here`) and the server's."""
+    """Parameters after one PSL step by the paper's rule: those of the first client of `here`, and the server's."""
     net = make(mlp)
     lower, upper = net[:3], net[3:]
     owned = dict(enumerate(torch.arange(sum(sizes)).split(sizes)))
@@ -81,7 +81,7 @@ def by_hand(source: Source, sizes: list[int], here: list[int], side: str, tau: f
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_one_step_is_the_rule(side: str, participation: float) -> None:
-    """Both gradients are taken at the old server; P_S is that of the round's participants."""
+    """Both gradients are computed with the old server. P_S is the distribution of the round's participants."""
     sizes = [9, 4, 7]
     options: dict[str, Any] = {"logit_adjust": side, "tau": 1.5, "participation": participation}
     run = train("psl", make(mlp), sizes, (6,), cut="2", rounds=1, **options)
@@ -95,7 +95,7 @@ def test_one_step_is_the_rule(side: str, participation: float) -> None:
 
 
 def even(sizes: tuple[int, ...]) -> Source:
-    """Clients that have all classes equally often."""
+    """Clients in which all classes are equally frequent."""
     source = random_source(sizes, (6,), classes=CLASSES)
     source.train.y[:] = torch.arange(sum(sizes)) % CLASSES
     return source
@@ -119,7 +119,7 @@ def test_equal_shares_change_nothing_but_roundings(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ["psl", "sflv1", "fl"])
 def test_tau_0_changes_nothing_at_all(algorithm: str) -> None:
-    """Bit for bit; with tau = 1 the run is another one."""
+    """Equal bit for bit; with tau = 1, the result changes."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     runs = [
         train(algorithm, make(mlp), [9, 5, 7], (6,), **cut, **own)
@@ -131,7 +131,7 @@ def test_tau_0_changes_nothing_at_all(algorithm: str) -> None:
 
 
 def test_gradients_of_scores_sum_to_0() -> None:
-    """In each row: a softmax of shifted scores is a softmax. A model's further outputs are shifted if they count."""
+    """For each row, since a softmax of shifted scores is a softmax. Other outputs are shifted if they have a weight."""
     scores = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     prior = log_prior(torch.tensor([3, 0, 1, 9]), 2.0)
     task = Classification(auxiliary_weights=(0.5,))
@@ -144,7 +144,7 @@ def test_gradients_of_scores_sum_to_0() -> None:
 
 
 def test_priors() -> None:
-    """Of absent classes, of clients without a row that counts, and of the participants alone."""
+    """Priors for absent classes, for clients without rows that count, and for the participants alone."""
     found = log_prior(torch.tensor([[1, 3, 0], [0, 0, 0]]), 2.0)
     assert found[0].tolist() == pytest.approx([2 * math.log(0.25), 2 * math.log(0.75), math.log(1e-12)])
     assert found[1].tolist() == pytest.approx([2 * math.log(1 / 3)] * 3)
@@ -165,7 +165,7 @@ def test_priors() -> None:
     ],
 )
 def test_where_it_has_no_effect(options: dict[str, Any], sentence: str) -> None:
-    """One sentence, before anything is trained."""
+    """The error is raised before anything is trained."""
     with pytest.raises(ConfigError, match=sentence):
         RunConfig.of(options).check(frozenset(options))
 
@@ -177,7 +177,7 @@ def test_one_class_per_row_is_needed() -> None:
 
 
 def test_what_it_costs() -> None:
-    """No byte more; a second way back through the server's part, unless one loss does for both sides."""
+    """No further bytes. A second backward pass of the server, unless one loss serves both sides."""
     found = {}
     for side in ("none", "client", "both"):
         for name, sizes in (("skewed", [9, 5, 7]), ("alone", [9])):
@@ -194,7 +194,7 @@ def test_what_it_costs() -> None:
 
 
 def test_counts_are_announced_and_checked() -> None:
-    """A server that adjusts logits knows the class counts of its clients; others are not told."""
+    """A server that adjusts logits receives the class counts of its clients. Other servers do not."""
     options: dict[str, Any] = {"clients": 3, "model": "mlp", "samples_per_client": 40}
     for algorithm, side, told in (("psl", "both", True), ("psl", "none", False), ("fl", "client", False)):
         config = RunConfig.of({**options, "algorithm": algorithm, "logit_adjust": side})

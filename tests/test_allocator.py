@@ -1,4 +1,4 @@
-"""Freed memory stays in the process while it trains, if that is wanted, and is handed back afterwards."""
+"""If requested, freed memory stays in the process while it trains and is returned afterwards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gl
 
 
 def trained(switch: str) -> dict[str, Any]:
-    """MB kept of 100 that were freed, MB left after two runs, and how often the allocator was set up."""
+    """MB that are kept after 100 MB were freed, MB after two runs, and the number of times the allocator was set up."""
     environment = {**os.environ, "CUTLAYER_KEEP_MEMORY": switch}
     done = subprocess.run(
         [sys.executable, "-c", RUN], env=environment, check=True, capture_output=True, text=True, timeout=120
@@ -51,7 +51,7 @@ def test_a_run_from_python_keeps_freed_memory_once_and_hands_it_back() -> None:
     assert found["calls"] == 1
 
 
-@pytest.mark.network  # the other half of the test above, in one more process
+@pytest.mark.network  # like the test above, in another process
 def test_the_switch_leaves_the_allocator_alone() -> None:
     found = trained("0")
     assert found["kept"] < 10

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: what is written by hand trains what the engines train, on every model."""
+"""The benchmark's loops written by hand train the same as the engines, for every model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cutlayer.types import Smashed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-# Widths of the tests, where a model has some. By hand, dropout draws other numbers than ours.
+# Widths in these tests, for models that have a width. Loops by hand draw other numbers for dropout.
 SMALL: dict[str, dict[str, Any]] = {
     "resnet18": {"width": 4},
     "mobilenet": {"width": 4},
@@ -35,7 +35,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def engines() -> Any:
-    """The script of the benchmark."""
+    """The module of the benchmark."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import engines
@@ -45,12 +45,12 @@ def engines() -> Any:
 
 
 def by_hand(loop: Any) -> dict[str, Tensor]:
-    """The first client's model and the server's, under the names of the whole."""
+    """The first client's model and the server's, with the names of the whole model."""
     return {**loop.uppers[0].state_dict(), **loop.lowers[0].state_dict()}
 
 
 def by_engine(training: Any, steps: int) -> dict[str, Tensor]:
-    """The same after whole rounds, `steps` steps in all."""
+    """The same models after `steps` steps in whole rounds."""
     done = index = 0
     while done < steps:
         this = training.clients.begin_round(index, 10**9, 1.0)
@@ -111,14 +111,14 @@ def test_cells_are_what_the_rule_says(engines: Any) -> None:
 
 
 def test_averages_of_groups() -> None:
-    """By class: the mean of the gradients of all rows of a class; similar: of rows j of clients with similar labels."""
+    """ByClass: the mean over all rows of a class. Similar: the mean over rows j of clients with similar labels."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         from split_averages import ByClass, Similar
     finally:
         sys.path.remove(str(BENCHMARKS))
     smashed = Smashed((torch.zeros(6, 1),), torch.tensor([0, 1, 0, 1, 2, 2]), (0, 1, 2), (2, 2, 2))
-    gradient = (torch.arange(6.0).view(6, 1) / 3,)  # of the loss of all three clients: thrice that is their own
+    gradient = (torch.arange(6.0).view(6, 1) / 3,)  # of the mean loss of three clients: a third of their own
     for kind, expected in ((ByClass, [1.0, 2.0, 1.0, 2.0, 4.5, 4.5]), (Similar, [1.0, 2.0, 1.0, 2.0, 4.0, 5.0])):
         given = kind(phi=1.0).split_average(gradient, smashed, (0, 1, 2))
         assert given.own[0].flatten().tolist() == pytest.approx(expected)

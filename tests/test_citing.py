@@ -1,4 +1,4 @@
-"""What a run notes that it used, and the BibTeX of runs and comparisons, from Python and from their folders."""
+"""What a run notes that it used, and the BibTeX of runs and comparisons, from Python and from folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALWAYS = {"cutlayer", "torch", "numpy"}
 
 
 def keys(config: RunConfig, **given: Any) -> set[str]:
-    """The entries of a configuration, without those of every run."""
+    """The entries of a configuration, without those that every run has."""
     return set(parsed(bibtex(used_by(config, given.pop("metrics", ()), **given)))) - ALWAYS
 
 
@@ -57,7 +57,7 @@ def test_data_of_others_are_cited_as_they_say() -> None:
     own = {"data": "dict"}
     assert {"ward2020", "datasets"} <= keys(config, data=("datasets", entry), own=own)
     noted = {(used["kind"], used["name"]): used for used in used_by(config, (), ("datasets",))}
-    assert noted["data", "patients.csv"]["own"] == "yes"  # a library that reads them is no citation
+    assert noted["data", "patients.csv"]["own"] == "yes"  # the library that reads them is not cited
     assert not any(used["own"] for used in used_by(config, (), (entry,), own))
 
 
@@ -92,7 +92,7 @@ def test_runs_and_comparisons_give_their_entries(tmp_path: Path) -> None:
     ]
     assert result.cite() == run.cite() == begun == cite(tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
-    assert cite(str(tmp_path / "run")) == begun  # not done yet
+    assert cite(str(tmp_path / "run")) == begun  # the run is not finished
     comparison = Comparison(algorithms=("psl", "ssl"), seeds=(0, 1), out=tmp_path / "both", **options)
     assert set(parsed(comparison.cite())) == ALWAYS
     comparison.run()

@@ -1,4 +1,4 @@
-"""What a launcher says of ranks, and what a process without others does alone."""
+"""Ranks as described by launchers, and the operations of a process without others."""
 
 from __future__ import annotations
 

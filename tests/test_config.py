@@ -34,7 +34,7 @@ GROUPS = st.lists(
     st.fixed_dictionaries({"match": NAMES}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1)}), max_size=2
 ).map(tuple)
 
-# A value for every option except rounds, epochs and similar ones, which exclude each other.
+# A value for every option, except rounds, epochs and others that exclude each other.
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "client_device": NAMES,
     "server_device": NAMES,
@@ -65,7 +65,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "trace_period": st.floats(1e-3, 1e30),
     "straggler_slowdown": st.floats(1, 1e9),
     "profiles": NAMES,
-    "data": NAMES.filter(lambda name: not plugins.is_reference(name)),  # what it names would be imported
+    "data": NAMES.filter(lambda name: not plugins.is_reference(name)),  # a reference would be imported
     "data_format": words("auto", "npz", "csv", "idx", "images", "huggingface", "text"),
     "label_column": NAMES,
     "client_column": NAMES,
@@ -213,14 +213,14 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "feature_dropout": st.floats(0, 0.99),
     "nopeek": st.floats(0, 1e3),
 }
-BESIDE_A_TRACE = ("up_mbps", "down_mbps", "rate_spread")  # without effect
+BESIDE_A_TRACE = ("up_mbps", "down_mbps", "rate_spread")  # without effect if there is a trace
 LENGTH = st.one_of(st.just({}), st.builds(dict, epochs=WHOLE), st.builds(dict, rounds=WHOLE))
 LOCAL = st.one_of(st.just({}), st.builds(dict, local_epochs=WHOLE), st.builds(dict, local_steps=WHOLE))
 
 
 @st.composite
 def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
-    """Any options that the algorithms have."""
+    """Random options for these algorithms."""
     found = draw(st.fixed_dictionaries({}, optional=VALUES)) | draw(LENGTH) | draw(LOCAL)
     if "client_device" not in found:
         found = {k: v for k, v in found.items() if k not in TracedConfig.model_fields}
@@ -241,7 +241,7 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
         found.pop("gaussian_noise", None)
     if "norm_limit" in found:
         found.pop("norm_multiple", None)
-    if {"usfl"} & {*algorithms} and found.get("average_every") == "gradients":  # which sfl alone has
+    if {"usfl"} & {*algorithms} and found.get("average_every") == "gradients":  # only sfl has this choice
         found["average_every"] = "step"
     if any(map(u_shaped, algorithms)):
         found.setdefault("tail_cut", "hidden3")
@@ -251,8 +251,9 @@ def values(draw: st.DrawFn, algorithms: tuple[str, ...]) -> dict[str, Any]:
 
 
 def taken(name: str, value: Any, algorithms: tuple[str, ...]) -> bool:
-    """Whether all algorithms that have an option of this name take the value: a choice of one is not always one of
-    another that has the option too.
+    """Whether all algorithms that have an option of this name accept the value.
+
+    Algorithms can have different choices for options of the same name.
     """
     for entry in (plugins.find("algorithm", a) for a in algorithms):
         if name in entry.option_names:
@@ -264,7 +265,7 @@ def taken(name: str, value: Any, algorithms: tuple[str, ...]) -> bool:
 
 
 def has_effect(name: str, chosen: dict[str, Any], algorithms: tuple[str, ...]) -> bool:
-    """Whether an option belongs to something that is chosen."""
+    """Whether the option belongs to something that is chosen."""
     own = [traits(a) for a in algorithms]
     if name in CommonConfig.model_fields:
         when = about(CommonConfig.model_fields[name], "when")
@@ -328,7 +329,7 @@ def test_runs(data: st.DataObject, algorithm: str, seed: int) -> None:
     read = RunConfig.of(again(resolved))
     read.check(frozenset(read.model_fields_set))
     assert read.resolved() == resolved
-    # Not only what is written is the same: everything is that this algorithm looks at.
+    # Values that are not written, but that the algorithm reads, are the same, too.
     replaced = {"epochs"} if config.rounds else set()
     replaced |= {"local_epochs"} if config.specific.get("local_steps") else set()
     looked_at = {n for n in RunConfig.model_fields if n not in CommonConfig.model_fields}
@@ -340,7 +341,7 @@ def test_runs(data: st.DataObject, algorithm: str, seed: int) -> None:
 @settings(deadline=None)
 @given(data=st.data())
 def test_comparisons(data: st.DataObject) -> None:
-    """With variants, whose plan is the same too."""
+    """Comparisons with variants, whose planned runs are also the same."""
     algorithms = tuple(data.draw(st.lists(st.sampled_from(list(ALGORITHMS)), min_size=1, unique=True)))
     seeds = tuple(data.draw(st.lists(st.integers(0, 2**60), min_size=1, max_size=4, unique=True)))
     options = data.draw(values(algorithms))
@@ -366,7 +367,7 @@ def test_comparisons(data: st.DataObject) -> None:
 
 
 def test_no_options_of_the_server_are_not_those_of_the_client() -> None:
-    """Left out, the server's optimiser takes the client's options; an empty table says: none."""
+    """If left out, the server's optimiser uses the client's options. An empty table means no options."""
     options: dict[str, Any] = {"algorithm": "psl", "client_optimizer_options": {"weight_decay": 0.1}}
     config = RunConfig(**options, server_optimizer_options={})
     assert RunConfig.of(again(config.resolved())).server_optimizer_options == {}
@@ -391,7 +392,7 @@ def test_a_variant_with_another_data_format_leaves_out_the_options_of_the_first(
 
 
 def test_a_variant_replaces_a_value_that_its_algorithm_does_not_take() -> None:
-    """U-shaped SFL averages no gradients; a comparison with SFL may ask for them if the variant does not."""
+    """U-shaped SFL cannot average gradients. A comparison with SFL may do so if the variant sets another value."""
     options: dict[str, Any] = {"algorithms": ["sfl"], "average_every": "gradients", "local_steps": 1}
     mine = {"algorithm": "usfl", "tail_cut": "hidden2", "average-every": "step"}
     config = CompareConfig(**options, variant={"mine": mine})

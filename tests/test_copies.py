@@ -1,4 +1,4 @@
-"""Quick copies of modules are those of `copy.deepcopy`."""
+"""Fast copies of modules equal those of `copy.deepcopy`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cutlayer.models import build, cut
 
 
 class Odd(nn.Module):
-    """State of all sorts, some of it shared, some of it in a circle."""
+    """A module with many kinds of state, partly shared and partly circular."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Odd(nn.Module):
         self.first.register_forward_hook(self.hook)
 
     def hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """A bound method: the copy's hook is the copy's."""
+        """A bound method: the hook of the copy belongs to the copy."""
         return output + len(self.circle)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Odd(nn.Module):
 
 
 class Singular(nn.Module):
-    """Says itself how it is copied."""
+    """Defines `__deepcopy__`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Singular(nn.Module):
 
 
 class Told(nn.Module):
-    """Says what its state is, and what becomes of it."""
+    """Defines `__getstate__` and `__setstate__`."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "told": ["so"]}
@@ -71,34 +71,34 @@ class Told(nn.Module):
 
 
 class Reduced(nn.Module):
-    """Says how it is made."""
+    """Defines `__reduce__`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return nn.Identity, ()
 
 
 def lstm() -> nn.Module:
-    """Holds weak references to its weights."""
+    """A module with weak references to its weights."""
     return nn.LSTM(3, 4, 2)
 
 
 def parametrized() -> nn.Module:
-    """Of a class made for it alone."""
+    """A module of a class that was created for it alone."""
     return parametrizations.weight_norm(nn.Linear(3, 3))
 
 
 def traced() -> nn.Module:
-    """Copies its graph itself."""
+    """A module that copies its graph itself."""
     return torch.fx.symbolic_trace(mlp())
 
 
 def part() -> nn.Module:
-    """What a model is cut into."""
+    """A part of a cut model."""
     return cut(residual(), "1.first", torch.rand(3, 6)).server
 
 
 def same(a: Any, b: Any, seen: dict[int, int]) -> bool:
-    """Whether two copies are alike, and share what they hold within themselves in the same way."""
+    """Whether two copies are equal and share their parts in the same way."""
     if type(a) is not type(b):
         return False
     if isinstance(a, weakref.ref):
@@ -134,7 +134,7 @@ def test_a_copy_is_that_of_deepcopy(make: Callable[[], nn.Module]) -> None:
 
 
 def test_alike_is_not_said_of_others() -> None:
-    """What the test above compares with."""
+    """Checks `same`, which the test above uses."""
     model = Odd()
     for change in ("count", "plain", "again"):
         other = copy.deepcopy(model)
@@ -154,7 +154,7 @@ def test_what_is_shared_and_what_runs_in_a_circle_stays_so() -> None:
     assert odd.state._metadata == model.state._metadata  # type: ignore[attr-defined]
     odd.circle.append({})
     x = torch.ones(1, 3)
-    assert not torch.equal(odd(x), model(x))  # the hook is the copy's
+    assert not torch.equal(odd(x), model(x))  # the copy has its own hook
 
 
 def test_what_says_itself_how_it_is_copied_is_asked() -> None:
@@ -172,7 +172,7 @@ def test_what_says_itself_how_it_is_copied_is_asked() -> None:
 
 
 def test_modules_are_not_left_to_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`copy.deepcopy` is asked for tensors and what else is rare."""
+    """`copy.deepcopy` is used only for tensors and rare types."""
     asked = list[type]()
     real = copy.deepcopy
 

@@ -1,4 +1,4 @@
-"""Runs side by side: the same results as one after another, and what happens when a process ends or is interrupted."""
+"""Runs in several processes: equal to runs one after another, also if processes end or are interrupted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def things() -> dict[str, Any]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As each of two processes has on two cores."""
+    """Each of two processes on two cores has one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +66,7 @@ def test_one_worker_is_this_process() -> None:
 
 
 def test_several_jobs_in_two_processes() -> None:
-    """All come to their end, in two other processes; a warning of all arrives once."""
+    """All jobs end, in two other processes. A warning that all give is shown once."""
     with pytest.warns(CutlayerWarning, match="seven") as noted:
         news = list(side_by_side(counting, {"a": 7, "b": 7, "c": 3, "d": 4}, 2, "again"))
     assert {n.name: n.value for n in news if n.ended} == {"a": 49, "b": 49, "c": 9, "d": 16}
@@ -89,7 +89,7 @@ def test_a_job_that_fails_and_a_process_that_is_killed() -> None:
 
 
 def test_what_another_process_cannot_find(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function of a module that exists in this process alone."""
+    """A function of a module that exists only in this process."""
     ghost = ModuleType("ghost")
     exec("def work(job):\n    yield job\n    return job", ghost.__dict__)
     monkeypatch.setitem(sys.modules, "ghost", ghost)
@@ -118,8 +118,7 @@ def test_every_error_crosses_between_processes() -> None:
 
 
 def test_a_comparison_side_by_side(tmp_path: Path) -> None:
-    """The same table in the same order, the same steps and the same weights to the last bit; every run tells of its
-    beginning and its end."""
+    """The table, the steps and the weights are equal bit for bit, and every run reports its beginning and its end."""
     own = things()
     with one_thread():
         alone = Comparison(**own, **TINY, out=tmp_path / "alone").run()
@@ -143,7 +142,7 @@ def test_a_comparison_side_by_side(tmp_path: Path) -> None:
 
 
 def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while both runs train: no process stays behind, one sentence, and what it names goes on."""
+    """Ctrl-C while both runs train: no process is left, one sentence is printed, and the command in it resumes."""
     from cutlayer.cli.progress import Monitor
 
     show = Monitor.show
@@ -158,7 +157,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ended.stderr == "error: interrupted; continue with: cutlayer resume out --jobs 2\n"
     assert not multiprocessing.active_children()
     assert not list(tmp_path.glob("out/*/*/" + RESULT))
-    begun = next(tmp_path.glob("out/*/seed-0/config.toml")).parent  # the other one may not have come so far
+    begun = next(tmp_path.glob("out/*/seed-0/config.toml")).parent  # the other run may not have begun
     refused = call("resume", str(begun), "--jobs", "2", cwd=tmp_path, code=2)
     assert f"jobs = 2 has no effect here: {str(begun)!r} is a single run" in refused.stderr
     for config in tmp_path.glob("out/**/config.toml"):
@@ -184,7 +183,7 @@ def test_what_cannot_be_sent(tmp_path: Path) -> None:
 
 
 def test_runs_that_may_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before anything is written; what is free is asked for once everything is built."""
+    """Refused before anything is written. Free memory is measured after everything is built."""
     monkeypatch.setattr("cutlayer.compare.room", lambda device: 1_000_000_000 if device == "cpu" else None)
     said = r"jobs = 4 may need more memory than is free: 1\.2\d GB for 4 runs .* 1\.00 GB are free; use jobs = 3"
     with pytest.raises(ConfigError, match=said):
@@ -194,7 +193,7 @@ def test_runs_that_may_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.network
 def test_a_script_without_a_guard(tmp_path: Path) -> None:
-    """Its processes would begin it again: they end, and the sentence says what to do."""
+    """Its processes would run the script again. They end, and the error says what to do."""
     import subprocess
 
     script = tmp_path / "script.py"

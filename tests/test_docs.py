@@ -1,6 +1,6 @@
-"""The documentation's pages hang together: links and anchors lead somewhere, and every page is in the contents.
+"""The pages of the documentation: links and anchors lead somewhere, and the contents list every page.
 
-`make docs` builds the site and is stricter; this needs no Sphinx.
+`make docs` builds the site and is stricter. This file does not need Sphinx.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OUTSIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md
 
 
 def origin(path: Path) -> Path:
-    """The file whose text a page shows: its own, or one that it includes."""
+    """The file with a page's text: the page itself, or the file that it includes."""
     included = re.match(r"```\{include\} (\S+)", path.read_text(encoding="utf-8"))
     return (path.parent / included[1]).resolve() if included else path
 
@@ -32,7 +32,7 @@ def read(path: Path) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub and Sphinx make of a page's headings."""
+    """The anchors that GitHub and Sphinx make from a page's headings."""
     heads = re.findall(r"^#{1,4} (.+)$", read(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
@@ -52,7 +52,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_contents() -> None:
-    """Once, in one of the four parts."""
+    """Each page is listed once, in one of the four parts."""
     listed = re.findall(r"^[\w./-]+$", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
     own = [page for page in PAGES if page.parent.name != "algorithms"]
     pages = {str(page.relative_to(DOCS).with_suffix("")) for page in own} - {"index"}
@@ -82,7 +82,7 @@ def test_modules_that_examples_import_are_in_the_reference() -> None:
 
 
 def test_words_that_readers_stumble_over() -> None:
-    """Pages and help say these things in usual words."""
+    """Pages and help use common words instead of these."""
     words = {
         r"mend(?:s|ed)?": "fix",
         r"such a one": "the noun",

@@ -1,4 +1,4 @@
-"""What is used of torch without its compiler gives the same numbers, and a run loads nothing that it does not need."""
+"""Torch without its compiler gives the same numbers, and a run imports only what it needs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_counter_of_flops_counts_as_torchs() -> None:
 
 
 def test_a_run_loads_nothing_that_it_does_not_need() -> None:
-    """Parallel, one after another, and of whole models."""
+    """Parallel and sequential split learning, and training of whole models."""
     done = subprocess.run([sys.executable, "-c", ONE_ROUND], check=True, capture_output=True, text=True)
     loaded = set(json.loads(done.stdout))
     assert "torch" in loaded
@@ -123,7 +123,7 @@ def test_a_run_loads_nothing_that_it_does_not_need() -> None:
 
 
 def test_gradients_go_back_as_torch_sends_them() -> None:
-    """Also where a tensor is used twice, and added to gradients that are there; wrong shapes are refused."""
+    """Also if a tensor is used twice, and added to existing gradients. Wrong shapes are refused."""
     found = []
     for send in (backward, torch.autograd.backward):
         weights = parameters()

@@ -1,4 +1,4 @@
-"""What a comparison tunes: the same effort for all methods, and what cannot be tuned."""
+"""The tuned options of a comparison: equal effort for all methods, and options that cannot be tuned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line ends with, one test for each kind of error."""
+"""The exit codes of the command line, with one test for each kind of error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OF_ITS_OWN = {
     "RefusedError",
     "NonFiniteError",
     "StepLostError",
-}  # made of more than a sentence; the first has a code for each reason
+}  # made from more than a sentence; the first has a code for each reason
 
 
 @pytest.mark.parametrize(("name", "code"), CODES.items())

@@ -1,4 +1,4 @@
-"""The page on extending runs unchanged: its files are written, its commands and programs run, its errors occur."""
+"""The page on extending works unchanged: its files, commands and programs, and the errors that it shows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_there_is_an_example_of_each_kind() -> None:
 
 
 def test_programs_and_commands(place: Path) -> None:
-    """In order: a program makes the file that a command reads."""
+    """In the page's order, since a program writes the file that a command reads."""
     assert len(COMMANDS) >= 12
     for script in SCRIPTS:
         exec(compile(script, "docs/extending.md", "exec", dont_inherit=True), {"__name__": "__main__"})

@@ -1,4 +1,4 @@
-"""Smashed data that the server keeps: the same training, each row computed and sent once."""
+"""Smashed data that the server keeps: the same training, with each row computed and sent once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ROW, LABEL = 8 * 8, 8
      ("ssl", {"hand_over": "batch"})],
 )  # fmt: skip
 def test_the_training_is_the_same_and_rows_go_up_once(algorithm: str, options: dict[str, Any], engine: str) -> None:
-    """Against the run without it, in every engine; the bytes are those of the rows that were seen."""
+    """Equal to the run without this option in every engine. The bytes are those of the rows that were used."""
     asked = "auto" if algorithm == "ssl" and engine == "stacked" else "local" if engine == "remote" else engine
     run = run_of(algorithm=algorithm, engine=asked, **options)
     if engine == "remote":
@@ -70,7 +70,7 @@ def test_the_training_is_the_same_and_rows_go_up_once(algorithm: str, options: d
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_it_is_resumed_exactly(engine: str, tmp_path: Path) -> None:
-    """With the bytes: what has been kept need not be sent again."""
+    """The bytes are equal, too: kept rows need not be sent again."""
     quiet, broken = run_of(engine=engine, rounds=5), run_of(engine=engine, rounds=5, out=tmp_path / "r")
     whole = trained(quiet)
     for count, _ in enumerate(broken, 1):
@@ -97,8 +97,9 @@ def test_a_remote_run_is_resumed_with_what_was_kept(tmp_path: Path) -> None:
 
 
 def test_a_remote_client_is_told_which_batch_is_missing() -> None:
-    """The last batch of its first epoch is lost. In the next epochs, it only computes batches with rows of that batch,
-    and is told which these are, since it has not drawn the others.
+    """The last batch of the client's first epoch is lost. Later, it computes only batches with rows of that batch.
+
+    The server names these batches, since the client has not drawn the others.
     """
 
     def losses(run: Run) -> tuple[list[float], list[int]]:
@@ -113,7 +114,7 @@ def test_a_remote_client_is_told_which_batch_is_missing() -> None:
 
         def forgetful(clients: Any = None, *, labels: bool = True) -> Any:
             if 0 in clients and sought[-1] == 2:
-                forward([0])  # it has drawn and computed, but nobody heard of it
+                forward([0])  # the client has computed, but its answer is lost
                 clients = [k for k in clients if k != 0]
             return forward(clients, labels=labels)
 
@@ -124,13 +125,13 @@ def test_a_remote_client_is_told_which_batch_is_missing() -> None:
     run = run_of(engine="local", sizes=sizes, seed=1)
     here, sought = losses(run)
     assert sought[:3] == [0, 1, 2]
-    assert sought[3] > 3  # a batch of known rows came between
+    assert sought[3] > 3  # there was a batch of known rows in between
     there, _ = losses(in_memory(run.config, model=smooth, data=random_source(sizes)).run)
     assert there == pytest.approx(here, rel=1e-9)
 
 
 def test_a_lost_batch_is_asked_for_again() -> None:
-    """A client that once gave no answer: its rows are not there, and come when they are needed."""
+    """After a lost answer, the rows are not known, and are sent when they are needed."""
     run = run_of(algorithm="psl", engine="local", rounds=4)
     kept = run.training.clients
     assert isinstance(kept, KeptFeatures)
@@ -139,7 +140,7 @@ def test_a_lost_batch_is_asked_for_again() -> None:
     def forgetful(clients: Any = None, *, labels: bool = True) -> Any:
         if lost and 1 in clients:
             lost.clear()
-            forward([1])  # it has drawn and computed, but nobody heard of it
+            forward([1])  # the client has computed, but its answer is lost
             return forward([k for k in clients if k != 1], labels=labels)
         return forward(clients, labels=labels)
 

@@ -1,4 +1,4 @@
-"""Small files: whole or not at all, on a full disk too, and in UTF-8 whatever the machine's encoding."""
+"""Small files are written completely or not at all, also on a full disk, and always in UTF-8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cutlayer.files import Lines, append_line, put_whole, replace_file, unwritab
 from cutlayer.folder import STEPS, Folder
 from cutlayer.remote.audit import Audit
 
-FULL = Path("/dev/full")  # every write to it fails as on a full disk
+FULL = Path("/dev/full")  # all writes fail as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 
 
@@ -32,7 +32,7 @@ def test_a_full_disk_is_named_with_the_command_that_goes_on(tmp_path: Path, monk
     assert f"`cutlayer resume {tmp_path / 'run'}`" in str(unwritable(tmp_path / "run" / "steps.jsonl", full))
     monkeypatch.chdir(tmp_path)
     assert "`cutlayer resume run`" in str(unwritable(Path("run", "snapshots", "one"), full))
-    (tmp_path / "run" / "events.jsonl").touch()  # a server's: only `serve` goes on with it
+    (tmp_path / "run" / "events.jsonl").touch()  # the folder of a server, which only `serve` can continue
     assert "start the same command again" in str(unwritable(tmp_path / "run" / "steps.jsonl", full))
     quota = unwritable(tmp_path / "x", OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert isinstance(quota, DiskFullError)
@@ -46,9 +46,9 @@ def test_a_full_disk_is_named_with_the_command_that_goes_on(tmp_path: Path, monk
 def test_records_that_find_no_room_end_the_run_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match=r"steps\.jsonl.*cutlayer resume"):
         fill(tmp_path / "a", flush=True)
-    with pytest.raises(DiskFullError, match=r"steps\.jsonl.*cutlayer resume"):  # found as late as at closing
+    with pytest.raises(DiskFullError, match=r"steps\.jsonl.*cutlayer resume"):  # noticed only when the file is closed
         fill(tmp_path / "b", flush=False)
-    with pytest.raises(KeyError):  # what happened first counts
+    with pytest.raises(KeyError):  # the first error is raised
         fill(tmp_path / "c", flush=False, then=KeyError)
     with pytest.raises(DiskFullError):
         append_line(FULL, "an event")
@@ -81,7 +81,7 @@ def test_records_shorter_than_a_checkpoint_says_are_left_as_they_are(tmp_path: P
 def test_a_file_is_on_disk_before_it_takes_the_place_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut there is the old file or the new one, whole."""
+    """After a power cut, either the old or the new file exists completely."""
     done: list[str] = []
 
     def sync(file: int) -> None:
@@ -106,7 +106,7 @@ def test_a_file_is_on_disk_before_it_takes_the_place_of_another(
 def test_nothing_is_left_of_a_file_that_cannot_be_put_in_place(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     with pytest.raises(RunFolderError, match="place"):
-        replace_file(tmp_path / "place", b"content")  # a folder stands there
+        replace_file(tmp_path / "place", b"content")  # the place is a folder
     assert [file.name for file in tmp_path.iterdir()] == ["place"]
 
 
@@ -167,7 +167,7 @@ def test_text_is_utf_8_whatever_the_machines_encoding(tmp_path: Path) -> None:
 
 
 class Crowded:
-    """A disk with space for this number of further bytes, for everything written by system calls."""
+    """A disk with room for a number of bytes, for everything that is written by system calls."""
 
     def __init__(self, room: int, patch: pytest.MonkeyPatch) -> None:
         self.room = room
@@ -176,7 +176,7 @@ class Crowded:
         patch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, self.taken(data), at))
 
     def taken(self, data: bytes) -> bytes:
-        """The part of `data` that finds room. Raises OSError where none does."""
+        """The part of `data` for which there is room. Raises OSError if there is none."""
         if data and not self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         part = bytes(data)[: self.room]
@@ -188,7 +188,7 @@ class Crowded:
 def test_a_file_has_whole_lines_wherever_the_disk_is_full(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events, a client's own record, records of a run, what a client has spent, and files that are replaced."""
+    """Events, a client's record, records of a run, a client's spent budget, and replaced files."""
     lines, records, old = tmp_path / "events.jsonl", tmp_path / "run", tmp_path / "old"
     audit = Audit(tmp_path / "audit.jsonl", "client-0", "server")
     purse = os.open(tmp_path / "spent", os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""What a run is said to take is at least what it takes, and not far more; several are refused where they do not fit."""
+"""The estimated memory of a run is an upper bound and not far too high. Runs that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KINDS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 
 
 def peak() -> int:
-    """Most bytes that this process has had in memory."""
+    """The largest number of bytes that this process has had in memory."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -32,7 +32,7 @@ def peak() -> int:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 @pytest.mark.parametrize("kind", list(_KINDS))
 def test_the_estimate_and_a_real_run(kind: str) -> None:
-    """At most that, beside what Python and torch take; and not more than six times what was measured."""
+    """Without Python and torch, measured memory is below the estimate, which is at most about six times as high."""
     model, options = _KINDS[kind]
     rows = (2000, 2000) if kind == "rows" else (20,) * 8
     width = next(model.children()).in_features
@@ -53,7 +53,7 @@ def test_how_many_fit() -> None:
     needs = {"small": 1_000, "large": 3_000, "middle": 2_000}
     assert [fitting(needs, 3, free) for free in (None, 6_000, 5_999, 5_000, 4_999, 10)] == [3, 3, 2, 2, 1, 1]
     refuse_unless_fitting(needs, 9, 6_000)
-    refuse_unless_fitting(needs, 1, 10)  # one alone is tried
+    refuse_unless_fitting(needs, 1, 10)  # a single run is always tried
     refuse_unless_fitting({}, 2, 10)
     with pytest.raises(ConfigError) as refused:
         refuse_unless_fitting(needs, 9, 5_000)

@@ -1,4 +1,4 @@
-"""Frozen parameters: one copy for all, never sent, averaged, counted or stored for every client."""
+"""Frozen parameters: one copy for all clients, never sent, averaged, counted, or stored for every client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALGORITHMS = ["cl", "fl", "psl", "ssl", "ussl", "sfl", "sflv1", "sflv2", "sflv3"
 LONG = [a if a in ("cl", "fl", "psl", "ssl", "ussl") else pytest.param(a, marks=pytest.mark.long) for a in ALGORITHMS]
 WHOLE = ("cl", "fl")
 BENT = ("ussl", "upsl", "usfl")
-FIRST = r"^0\."  # of `smooth` and `stateful`: the client's first layer
+FIRST = r"^0\."  # the client's first layer in `smooth` and `stateful`
 
 
 def run_of(sizes: tuple[int, ...] = (10, 7), model: Any = smooth, **options: Any) -> Run:
@@ -52,8 +52,9 @@ def innermost(run: Run) -> Any:
 
 @pytest.mark.parametrize("algorithm", LONG)
 def test_every_engine_with_a_part_of_each_model_frozen(algorithm: str) -> None:
-    """A layer's weight in the client's part, whose bias is trained, and one of the server's: records, models, bytes
-    against tensors, resumption, and what `plan` states.
+    """Frozen are a weight of the client, whose bias is trained, and a weight of the server.
+
+    The check covers records, models, bytes compared with tensors, resuming, and `plan`.
     """
     check_algorithm(algorithm, one_client_is_sgd=False, freeze=r"^(0|4)\.weight")
 
@@ -61,14 +62,14 @@ def test_every_engine_with_a_part_of_each_model_frozen(algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", ["psl", "ssl", "sflv3"])
 @pytest.mark.parametrize("pattern", [r"^[01]\.", pytest.param(r"^0\.|^1\.", marks=pytest.mark.long)])
 def test_every_engine_with_clients_that_train_nothing(algorithm: str, pattern: str) -> None:
-    """The first layer and the batch normalisation; its buffers go on moving, so that models differ."""
+    """Frozen are the first layer and batch normalisation. Buffers still change, so models differ."""
     check_algorithm(algorithm, one_client_is_sgd=False, freeze=pattern)
 
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("algorithm", ["fl", "psl", "sfl", "sflv1"])
 def test_what_is_frozen_keeps_every_bit(algorithm: str, engine: str) -> None:
-    """In float32, where an average would round; the rest moves."""
+    """In float32, an average would round frozen weights. All others change."""
     run = run_of(algorithm=algorithm, engine=engine, freeze=r"^(0|2)\.weight", precision="float32", sizes=(10, 7, 5))
     before = {k: t.clone() for part in run.training.parts.all for k, t in part.state_dict().items()}
     run.run()
@@ -99,7 +100,7 @@ def test_the_union_engine_has_one_anyway() -> None:
 
 
 def test_a_frozen_layer_is_applied_once_for_all() -> None:
-    """Convolution, linear layer, normalisation and a parameter used by hand: stacked, with frozen weights."""
+    """A convolution, a linear layer, normalisation and a single parameter, stacked, with frozen weights."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -153,7 +154,7 @@ def test_the_stacked_engine_does_not_stack_it() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_independent_starts_share_it(engine: str) -> None:
-    """What is trained starts from each client's own initialisation, what is frozen is the one model's."""
+    """Trained weights start from each client's own initialisation, frozen ones from the common model."""
     run = run_of(algorithm="psl", start="independent", engine=engine, freeze="0.weight", rounds=1)
     one, other = (run.training.clients.model_state(k) for k in (0, 1))
     assert torch.equal(one["0.weight"], other["0.weight"])
@@ -191,7 +192,7 @@ def test_a_checkpoint_holds_it_once_for_each_side(algorithm: str, engine: str, t
 
 
 def test_a_resumed_run_takes_the_frozen_weights_of_its_checkpoint(tmp_path: Path) -> None:
-    """Also if the model that is given again begins with others."""
+    """Even if the model given to `resume` has other initial weights."""
 
     def other() -> nn.Module:
         model = smooth()
@@ -221,7 +222,7 @@ def test_a_resumed_run_takes_the_frozen_weights_of_its_checkpoint(tmp_path: Path
 
 @pytest.mark.parametrize("engine", ["local", "stacked", "remote"])
 def test_no_frozen_byte_crosses(engine: str) -> None:
-    """Averaging moves the biases alone; simulation and deployment count the same."""
+    """Only biases are averaged. Simulation and deployment count the same bytes."""
     options: dict[str, Any] = {"algorithm": "sfl", "freeze": "weight", "rounds": 1, "sizes": (8, 8)}
     run = run_of(**options, engine="local" if engine == "remote" else engine)
     if engine == "remote":
@@ -229,14 +230,14 @@ def test_no_frozen_byte_crosses(engine: str) -> None:
     else:
         run.run()
     models = run.training.ledger.total("up", kind="models")
-    assert models == run.training.ledger.total("down", kind="models") == 2 * 8 * 8  # the first layer's bias, doubles
+    assert models == run.training.ledger.total("down", kind="models") == 2 * 8 * 8  # the first layer's bias as doubles
     assert run.training.clients.footprint(0).model == 64
 
 
 @pytest.mark.parametrize("engine", ["local", "stacked", "remote"])
 @pytest.mark.parametrize("algorithm", ["psl", "ssl", "sflv3"])
 def test_clients_that_train_nothing_receive_nothing(algorithm: str, engine: str) -> None:
-    """No gradients, no models' parameters: bytes down are zero, as the closed form says; and no backward pass."""
+    """No gradients, no models and no backward pass. The bytes down are zero, also in the plan."""
     options: dict[str, Any] = {"algorithm": algorithm, "freeze": FIRST, "rounds": 1, "sizes": (8, 8)}
     asked = "local" if engine == "remote" or algorithm == "ssl" else engine
     run = run_of(**options, engine=asked)
@@ -267,7 +268,7 @@ def test_every_engine_with_frozen_lower_parts_below_tails_that_train(algorithm: 
 @pytest.mark.parametrize("engine", ["local", "stacked", "remote"])
 @pytest.mark.parametrize("algorithm", BENT)
 def test_frozen_lower_parts_get_no_gradients_and_their_tails_train(algorithm: str, engine: str) -> None:
-    """Only features come down. Every number is what it is where gradients go down for nothing."""
+    """Only features are sent down. All results are equal to those with useless gradients."""
     options: dict[str, Any] = {
         "algorithm": algorithm,
         "freeze": FIRST,
@@ -286,7 +287,7 @@ def test_frozen_lower_parts_get_no_gradients_and_their_tails_train(algorithm: st
     assert ledger.total("down", kind="cut gradients") == 0
     assert ledger.total("down", kind="features") == ledger.total("up", kind="cut gradients") > 0
     stated = expect(t.algorithm, Workload(**vars(t.epoch), flops=t.flops, epochs=2))
-    if algorithm != "ussl":  # whose first client has the model already
+    if algorithm != "ussl":  # in ussl, the first client already has the model
         assert (stated.up, stated.down) == (ledger.total("up"), ledger.total("down"))
     wasteful = run_of(**options, engine="local")
     coded(wasteful).lower_trains = True
@@ -336,7 +337,7 @@ def test_plan_counts_what_a_run_does() -> None:
 
 
 def test_both_sides_must_have_the_same_frozen_weights() -> None:
-    """They are not sent, so that a difference would never be noticed."""
+    """They are not sent, so a difference would never be noticed."""
 
     def other() -> nn.Module:
         model = smooth()
@@ -355,7 +356,7 @@ def test_both_sides_must_have_the_same_frozen_weights() -> None:
     in_memory(trained, model=smooth, data=data, workers=workers).run.run()
 
 
-# ---- What is said first --------------------------------------------------------------------------------------------
+# ---- Warnings and errors before training -----------------------------------------------------------------------------
 
 
 def test_a_models_own_frozen_parameters_count_alike() -> None:

@@ -1,4 +1,4 @@
-"""The tutorials of docs/language-models.md run as they stand, in order, in one folder."""
+"""The tutorials of docs/language-models.md work unchanged, in order, in one folder."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ PATIENCE = 120.0
 
 
 def blocks(title: str) -> list[tuple[str, str]]:
-    """The blocks of code below a title: what their first line says, and the text."""
+    """The code blocks of a section: the words after the opening backticks, and the text."""
     section = PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
     return re.findall(r"```(\w[\w ]*)\n(.*?)```", section, re.DOTALL)
 
@@ -33,7 +33,7 @@ def executed(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which the tutorial's data and base were made."""
+    """The folder with the tutorial's data and base model."""
     folder = tmp_path_factory.mktemp("tutorial")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -59,7 +59,7 @@ def test_the_tutorial(tutorial: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.network
 @pytest.mark.filterwarnings("default")
 def test_three_machines(tutorial: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A server and two clients, each a process; peft uses what each client exports, and it is not the base."""
+    """A server and two clients in own processes. peft uses the clients' exports, which differ from the base."""
     (_, study), *sides, (_, use) = blocks("Three machines")
     (tutorial / "study.toml").write_text(study)
     with socket.socket() as probe:
@@ -89,5 +89,5 @@ def test_three_machines(tutorial: Path, capsys: pytest.CaptureFixture[str]) -> N
 
     ids = AutoTokenizer.from_pretrained("small")("The statement is", return_tensors="pt").input_ids
     plain = AutoModelForCausalLM.from_pretrained("small")(input_ids=ids, labels=ids).loss.item()
-    assert losses[0] == losses[1]  # sfl has averaged their adapters, and the server gave both its own
+    assert losses[0] == losses[1]  # sfl averages the adapters, and both clients receive the server's
     assert abs(losses[0] - plain) > 1e-3

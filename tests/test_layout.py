@@ -1,4 +1,4 @@
-"""The package's layout: one name means one thing, so that a file or a class is found by its name."""
+"""The layout of the package: names are unique, so files and classes can be found by name."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ def test_no_file_name_is_there_twice() -> None:
     own = (path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
     assert not twice((path.name, path) for path in own)
     tests = (path for folder in ("tests", "examples") for path in (ROOT / folder).rglob("test_*.py"))
-    assert not twice((path.name, path) for path in tests)  # pytest imports them all as top-level modules
+    assert not twice((path.name, path) for path in tests)  # pytest imports all of them as top-level modules
 
 
 def test_no_public_class_name_is_there_twice() -> None:
@@ -38,7 +38,7 @@ def test_no_public_class_name_is_there_twice() -> None:
 
 
 def test_the_page_on_architecture_names_every_file() -> None:
-    """In the row of its room."""
+    """Each file is named in the row of its room."""
     page = (ROOT / "docs/architecture.md").read_text()
     rooms = {
         room: row for row in page.splitlines() if row.startswith("| `") for room in re.findall(r"`([\w./]+)`", row)

@@ -1,4 +1,4 @@
-"""What a notebook shows of a run, a result and a comparison."""
+"""The output of runs, results and comparisons in a notebook."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STUDY: dict[str, Any] = {
 
 
 def cells(shown: str) -> dict[str, list[str]]:
-    """The lines of a table, by the first of their cells."""
+    """The rows of a table, by their first cells."""
     body = ElementTree.fromstring(shown).find("tbody")
     assert body is not None
     return {str(row[0].text or ""): [str(cell.text) for cell in row[1:]] for row in body}

@@ -1,4 +1,4 @@
-"""The examples of docs/models-out.md run as they stand, in order, in one folder."""
+"""The examples of docs/models-out.md work unchanged, in order, in one folder."""
 
 import re
 import shlex

@@ -1,8 +1,8 @@
-"""Nothing outside `algorithms/` knows an algorithm by its name.
+"""No code outside `algorithms/` knows an algorithm by its name.
 
-What an algorithm is follows from its registration: a comparison with its name, or a list of names, would have to be
-found and edited by everybody who adds one. Two places may name algorithms: the defaults of options, and `reproduce/`,
-which trains what one paper compares; it compares no names either.
+Everything about an algorithm follows from its registration. Comparisons with names, or lists of names, would have to be
+found and edited for every new algorithm. Two places may name algorithms, but not compare names: the defaults of
+options, and `reproduce/`, which trains the methods of one paper.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from cutlayer import plugins
 
 PACKAGE = Path(cutlayer.__file__).parent
 NAMES = set(plugins.index("algorithm"))
-STUDY = "reproduce"  # what one paper compares
-DEFAULTS = "options.py"  # what a run and a comparison train unless told otherwise
+STUDY = "reproduce"  # trains the methods of one paper
+DEFAULTS = "options.py"  # the default algorithms of runs and comparisons
 
 
 def constants(node: ast.AST) -> Iterator[str]:
@@ -28,7 +28,7 @@ def constants(node: ast.AST) -> Iterator[str]:
 
 
 def compared(tree: ast.Module) -> Iterator[str]:
-    """Algorithms' names that are compared with something, or looked up by a literal."""
+    """Names of algorithms that are compared with something or used as a literal key."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             yield from (name for side in (node.left, *node.comparators) for name in constants(side) if name in NAMES)
@@ -37,7 +37,7 @@ def compared(tree: ast.Module) -> Iterator[str]:
 
 
 def listed(tree: ast.Module) -> Iterator[str]:
-    """Algorithms' names in literal collections, as keys of dictionaries, and as literal types."""
+    """Names of algorithms in literal collections, as keys of dictionaries, and in literal types."""
     for node in ast.walk(tree):
         if isinstance(node, ast.List | ast.Tuple | ast.Set):
             yield from (e.value for e in node.elts if isinstance(e, ast.Constant) and e.value in NAMES)
@@ -59,11 +59,11 @@ def test_no_name_is_compared() -> None:
 def test_no_names_are_listed() -> None:
     lists = {place: found for place, tree in outside() if (found := sorted(set(listed(tree))))}
     assert {p: found for p, found in lists.items() if not p.startswith(f"{STUDY}/") and p != DEFAULTS} == {}
-    assert lists[DEFAULTS] == ["cl", "fl", "psl", "sfl", "sglr", "ssl"]  # what `compare` and `plan` take by default
+    assert lists[DEFAULTS] == ["cl", "fl", "psl", "sfl", "sglr", "ssl"]  # the defaults of `compare` and `plan`
 
 
 def test_no_name_is_anywhere_else() -> None:
-    """In no call, subscript or default either."""
+    """Not in calls, subscripts or defaults either."""
     found = {(place, name) for place, tree in outside() for name in constants(tree) if name in NAMES}
     assert {(p, name) for p, name in found if not p.startswith(f"{STUDY}/") and p != DEFAULTS} == set()
 
@@ -75,7 +75,7 @@ def test_the_test_sees_names() -> None:
 
 
 def test_no_sentence_names_algorithms() -> None:
-    """Neither what the command line says nor a report: an algorithm that is taken out would stay there."""
+    """Neither in messages of the command line nor in reports, since they would stay after an algorithm is removed."""
     word = re.compile(rf"\b({'|'.join([*NAMES, *(e.title for e in plugins.index('algorithm').values())])})\b")
     said = {
         (place, found[0])

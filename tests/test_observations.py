@@ -1,4 +1,4 @@
-"""Tables in Python hold what the CSV files hold."""
+"""Tables in Python have the same content as the CSV files."""
 
 from __future__ import annotations
 

@@ -54,8 +54,9 @@ def alike(one: dict[str, Any], other: dict[str, Any]) -> None:
 def by_hand(
     size: int, step: Callable[[nn.Module, int, bool], None], rounds: int = 2, batch: int = 4, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Plain training of the whole model on client 0's batches; `step(model, number, last of the round)` after each
-    backward pass.
+    """Plain training of the whole model on client 0's batches.
+
+    Calls `step(model, number, last of the round)` after each backward pass.
     """
     source = random_source((size,))
     with torch_seeded(seed, "model"):
@@ -79,10 +80,11 @@ GROUPS = ({"match": "bias", "weight_decay": 0.0}, {"match": r"^4\.", "lr": 10.0}
     ("algorithm", "optimizer"), [*((a, "adamw") for a in ALGORITHMS), *((a, "sgd") for a in KINDS)]
 )
 def test_every_engine_clips_accumulates_and_groups_alike(algorithm: str, optimizer: str) -> None:
-    """Local, stacked and remote clients come to the same, and an interrupted run to that of a quiet one. Each of the
-    three by itself is compared with torch below.
+    """Local, stacked and remote clients agree, and a resumed run equals an uninterrupted one.
+
+    Each of the three options is compared with torch below.
     """
-    its = {"weight_decay": 0.1} if optimizer == "sgd" else {"weight_decay": 0.1, "eps": 1e-4}  # rounding stays small
+    its = {"weight_decay": 0.1} if optimizer == "sgd" else {"weight_decay": 0.1, "eps": 1e-4}  # limits rounding errors
     options: dict[str, Any] = {"client_clip_grad_norm": 0.05, "accumulate": 2, "param_groups": GROUPS}
     if algorithm not in WHOLE:
         options |= {"server_clip_grad_norm": 0.05, "server_accumulate": 3}
@@ -95,7 +97,7 @@ def test_every_engine_clips_accumulates_and_groups_alike(algorithm: str, optimiz
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("algorithm", ["fl", "sflv1"])
 def test_clipping_is_torchs(algorithm: str, engine: str) -> None:
-    """With one client, whose parts are clipped by themselves: torch's clip_grad_norm_ on each part's parameters."""
+    """With one client, torch's clip_grad_norm_ is applied to the parameters of each part."""
     limit, rate = 0.1, 0.5
 
     def step(model: nn.Module, number: int, last: bool) -> None:
@@ -122,7 +124,7 @@ def test_clipping_is_torchs(algorithm: str, engine: str) -> None:
 
 
 def test_each_client_and_each_copy_is_clipped_by_itself() -> None:
-    """What two clients do together is what each does alone, clipped."""
+    """Each of two clients moves by the limit times the rate."""
     both = trained(algorithm="sflv3", sizes=(8, 8), rounds=1, local_steps=1, engine="stacked", **SGD,
                    client_clip_grad_norm=0.03)  # fmt: skip
     free = trained(algorithm="sflv3", sizes=(8, 8), rounds=1, local_steps=1, engine="stacked", **SGD)
@@ -140,7 +142,7 @@ def test_each_client_and_each_copy_is_clipped_by_itself() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_the_last_incomplete_group_of_a_round_steps_too(engine: str) -> None:
-    """Three batches a round, two per step: the third steps alone, on its own gradient."""
+    """There are three batches per round and two per step, so the last step uses one batch."""
 
     def step(model: nn.Module, number: int, last: bool) -> None:
         if number % 2 == 0 and not last:
@@ -160,7 +162,7 @@ def test_the_last_incomplete_group_of_a_round_steps_too(engine: str) -> None:
 
 
 def test_two_batches_of_four_are_one_of_eight() -> None:
-    """Where nothing depends on the batch: centralised learning with 8 rows in 16."""
+    """Centralised learning with 16 rows and a model without batch statistics."""
     one = trained(algorithm="cl", sizes=(16,), batch=8, **SGD)
     two = trained(algorithm="cl", sizes=(16,), batch=4, accumulate=2, **SGD)
     demand_equal("cl", "accumulation is not a larger batch", two["models"], one["models"])
@@ -180,7 +182,7 @@ def test_each_side_accumulates_its_own_number() -> None:
 
 
 def test_averaging_after_every_step_leaves_nothing_waiting() -> None:
-    """The union engine runs it, with the same result as the local one: a model that is averaged has no open steps."""
+    """The union engine gives the same result as the local one: no gradients wait after an averaging."""
     options: dict[str, Any] = {"algorithm": "sfl", "average_every": "step", "accumulate": 3, **SGD}
     union, local = trained(**options), trained(**options, engine="local")
     assert union["engine"] == "union"
@@ -193,7 +195,7 @@ def test_averaging_after_every_step_leaves_nothing_waiting() -> None:
 
 @pytest.mark.parametrize("side", ["client", "server"])
 def test_a_clipped_step_of_the_union_is_not_that_of_the_models(side: str) -> None:
-    """Each model's own gradient is clipped, so that the exact shortcut is not taken."""
+    """Each model's own gradient is clipped, so the union step would be wrong and is not used."""
     options: dict[str, Any] = {"algorithm": "sflv1", "local_steps": 1, f"{side}_clip_grad_norm": 0.05, **SGD}
     auto, local = trained(**options), trained(**options, engine="local")
     assert auto["engine"] == "stacked"
@@ -201,7 +203,7 @@ def test_a_clipped_step_of_the_union_is_not_that_of_the_models(side: str) -> Non
 
 
 def test_gradients_without_a_step_do_not_disturb_what_waits() -> None:
-    """The server may look at gradients between two batches of one step."""
+    """The server may compute gradients between two batches of one step."""
     looked = run_of(algorithm="psl", sizes=(8, 8), server_accumulate=2, **SGD)
     plain = run_of(algorithm="psl", sizes=(8, 8), server_accumulate=2, **SGD)
     server, step = looked.training.server, looked.training.server.step
@@ -220,7 +222,7 @@ def test_gradients_without_a_step_do_not_disturb_what_waits() -> None:
 
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 def test_groups_are_torchs(engine: str) -> None:
-    """Biases do not decay; the last layer steps at ten times the rate; the first group that matches counts."""
+    """Biases have no decay, the last layer has ten times the rate, and the first matching group counts."""
     groups = ({"match": "bias", "weight_decay": 0.0}, {"match": r"^4\.", "lr": 10.0, "weight_decay": 0.5})
 
     def step(model: nn.Module, number: int, last: bool) -> None:
@@ -344,7 +346,7 @@ def own(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("spelling", ["Adam", "adam", "torch.optim.Adam", "torch.optim:Adam", torch.optim.Adam])
 def test_torchs_optimizers_by_any_spelling(spelling: Any) -> None:
-    """One name in the configuration, which both sides of a deployment compare."""
+    """The configuration has one name, which both sides of a deployment compare."""
     found = run_of(algorithm="psl", client_optimizer=spelling)
     assert found.config.client_optimizer == "adam"
     assert found.training.engine == "stacked"
@@ -360,7 +362,7 @@ def test_torchs_optimizers_by_any_spelling(spelling: Any) -> None:
     ],
 )
 def test_an_optimizer_of_ones_own_in_every_engine(own: str, algorithm: str, name: str, engine: str) -> None:
-    """From its file; it is stacked only if it is proved to step every client as it would alone."""
+    """Given by its file. It is stacked only if the proof shows that each client steps as it would alone."""
     check_algorithm(algorithm, one_client_is_sgd=False, client_optimizer=f"{own}:{name}", client_lr=0.01)
     if algorithm == "psl":
         assert run_of(algorithm=algorithm, client_optimizer=f"{own}:{name}").training.engine == engine
@@ -376,7 +378,7 @@ def test_why_an_optimizer_is_not_stacked(own: str, name: str) -> None:
 
 
 def test_its_options_and_its_own_groups(own: str) -> None:
-    """Options come from the table of that side; a group's own rate stays a multiple of the scheduled one."""
+    """Options are those of each side's table. A group's own rate remains a multiple of the scheduled rate."""
     run = run_of(
         algorithm="psl", client_optimizer=f"{own}:Fading", client_optimizer_options={"beta": 0.5},
         server_optimizer=f"{own}:head_first", server_lr=0.1, lr_schedule="step", lr_decay_at=(0.5,),
@@ -389,7 +391,7 @@ def test_its_options_and_its_own_groups(own: str) -> None:
 
 
 def test_one_from_python() -> None:
-    """A function, and a class."""
+    """A function and a class."""
 
     def slow(params: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=lr)
@@ -417,7 +419,7 @@ def test_what_is_not_an_optimizer_is_found_first(own: str, name: str, said: str)
 
 
 def test_in_a_deployment_each_side_reads_its_own_file(own: str, tmp_path: Path) -> None:
-    """Files at two places with the same text agree; with another text they do not."""
+    """Files with the same text at two places agree; files with different texts do not."""
     other = tmp_path / "elsewhere"
     other.mkdir()
     (other / "copy.py").write_text(OWN)
@@ -444,16 +446,16 @@ def test_in_a_deployment_each_side_reads_its_own_file(own: str, tmp_path: Path) 
 
 
 def test_state_of_ones_own_is_resumed(own: str, tmp_path: Path) -> None:
-    """Bit for bit, also where one client's optimiser travels with the model."""
+    """Bit for bit, also if the optimiser travels with the model."""
     for algorithm, extra in (("psl", {}), ("ssl", {"hand_over_optimizer": True})):
         check_algorithm(algorithm, one_client_is_sgd=False, client_optimizer=f"{own}:Fading", client_lr=0.01, **extra)
 
 
 def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file is written, its command run, its TOML read."""
+    """The page's file is written, its commands run, and its TOML is read."""
     page = (ROOT / "docs/training.md").read_text()
     (program,) = re.findall(r"```python\n# fading\.py\n(.*?)```", page, re.DOTALL)
-    commands = [c for c in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "--jobs" not in c]  # processes: test_crew
+    commands = [c for c in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "--jobs" not in c]  # in test_crew
     (tmp_path / "fading.py").write_text(program)
     assert len(commands) == 3
     for command in commands:
@@ -464,7 +466,7 @@ def test_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_groups_as_flags(tmp_path: Path) -> None:
-    """A table in JSON, one or several; in the run's folder they are tables of TOML."""
+    """One or more tables in JSON. The run's folder stores them as tables of TOML."""
     groups = ('{"match": "bias", "weight_decay": 0}', '{"match": "weight", "lr": 0.5}')
     line = ("--model", "mlp", "--rounds", "1", "--clients", "2", "--samples-per-client", "16")
     call("run", *line, "--client-optimizer", "adamw", "--param-groups", *groups, "--out", "run", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Options do what they say, seen in the trained weights (not only in what is recorded)."""
+"""Options have their stated effects on the trained weights, not only on records."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from cutlayer.gradients import own
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("algorithm", ["fl", "psl", "sflv1", "sflv3"])
 def test_rates_fall_on_both_sides(algorithm: str, engine: str) -> None:
-    """Two rounds of one step at rates .1 and .01 (lr_decay_at .5): plain SGD by hand with these rates. One client, whom
-    the stacked engine takes too when asked."""
+    """Two rounds of one step at rates 0.1 and 0.01 (lr_decay_at 0.5), compared with plain SGD at these rates.
+
+    There is one client, which the stacked engine also accepts if it is requested.
+    """
     cut = {} if algorithm == "fl" else {"cut": "2"}
     more: dict[str, Any] = {"lr_schedule": "step", "lr_decay_at": (0.5,), "engine": engine}
     run = train(algorithm, make(mlp), [4], (6,), **more, **cut)
@@ -29,7 +31,7 @@ def test_rates_fall_on_both_sides(algorithm: str, engine: str) -> None:
 
 
 def test_the_server_has_a_schedule_of_its_own() -> None:
-    """Clients fall to .01, the server stays at .1."""
+    """The clients' rate falls to 0.01 and the server's stays at 0.1."""
     more: dict[str, Any] = {"lr_schedule": "step", "server_lr_schedule": "constant", "lr_decay_at": (0.5,)}
     run = train("psl", make(mlp), [4], (6,), cut="2", **more)
     net, stream = make(mlp), batches_of([4], 4)[0]
@@ -41,9 +43,7 @@ def test_the_server_has_a_schedule_of_its_own() -> None:
 
 
 def test_sfl_averages_all_that_trained() -> None:
-    """Client 1 is through after one step, client 0 takes two: both count, weights 8/12 and 4/12, on what psl would
-    hold.
-    """
+    """Client 1 takes one step and client 0 two. Both count, with weights 8/12 and 4/12, and the models of psl."""
     sfl = train("sfl", make(mlp), [8, 4], (6,), cut="2", rounds=1)
     psl = train("psl", make(mlp), [8, 4], (6,), cut="2", rounds=1)
     a, b = client_state(psl, 0), client_state(psl, 1)
@@ -52,7 +52,7 @@ def test_sfl_averages_all_that_trained() -> None:
 
 @pytest.mark.parametrize("algorithm", ["fl", "sfl", "sflv1", "sflv2", "sflv3"])
 def test_local_epochs_and_steps(algorithm: str) -> None:
-    """Two epochs of 8 samples in batches of 4: four steps a round; four epochs are two rounds. Three steps: three."""
+    """Two epochs of 8 samples in batches of 4 are four steps per round, so four epochs are two rounds."""
     cut = {} if algorithm == "fl" else {"cut": "2"}
     options: dict[str, Any] = {"model": make(mlp), "data": source([8, 8], (6,)), "clients": 2, "partition": "column"}
     options |= {"algorithm": algorithm, "batch": 4, "precision": "float64", **cut}
@@ -76,7 +76,7 @@ def test_union_scale_halves_a_step_of_two_clients(algorithm: str) -> None:
 
 @pytest.mark.parametrize(("which", "factor"), [("participating", 2.0), ("enrolled", 4.0)])
 def test_which_clients_split_lr_counts(which: str, factor: float) -> None:
-    """Two of four take part, alpha 1."""
+    """Two of four clients take part, and alpha is 1."""
     more: dict[str, Any] = {"participation": 0.5, "alpha_clients": which, "clients": 4, "partition": "column"}
     run = Run(algorithm="slr", model=make(mlp), data=source([4] * 4, (6,)), cut="2", client_lr=0.1, rounds=1, **more)
     assert [r.server_lr for r in run] == [pytest.approx(0.1 * factor)]
@@ -94,7 +94,7 @@ def test_optimizer_options_reach_each_side() -> None:
 
 
 def test_best_is_by_validation_the_latest_of_equals() -> None:
-    """A rate so high that accuracy jumps about: the best round is not the last."""
+    """The rate is so high that accuracy varies, so the best round is not the last."""
     run = train("psl", make(mlp), [8, 8], (6,), cut="2", rounds=25, client_lr=3.0)
     result = run.result
     assert result is not None
@@ -105,7 +105,7 @@ def test_best_is_by_validation_the_latest_of_equals() -> None:
 
 
 def test_the_server_is_evaluated_in_eval_mode() -> None:
-    """Batch normalisation and dropout on the server's side, by hand."""
+    """The server has batch normalisation and dropout. The expected loss is computed by hand."""
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
     run = train("psl", net, [8, 8], (6,), cut="0", rounds=6)
     test, losses = run.training.source.test, []
@@ -145,7 +145,7 @@ def test_server_dropout_masks_differ_by_step() -> None:
 
 
 def test_a_tails_dropout_masks_differ_by_step() -> None:
-    """The gradients of dropped features are 0: others in every step, the same when a step is done again."""
+    """Gradients of dropped features are 0. Masks differ between steps, but not if a step is repeated."""
     net = nn.Sequential(nn.Linear(6, 50), nn.Linear(50, 50), nn.Dropout(0.5), nn.Linear(50, 4)).double()
     run = Run(
         model=net, data=source([8], (6,)), algorithm="ussl", cut="0", tail_cut="1", clients=1, batch=4,
@@ -176,7 +176,7 @@ def test_a_run_begins_once() -> None:
 
 @pytest.mark.parametrize("codec", ["float16", "int8", "float16+zstd"])
 def test_codecs_where_nobody_gets_rows_of_their_own(codec: str) -> None:
-    """All clients are active: what goes down is the common gradient alone."""
+    """All clients are active, so only the common gradient goes down."""
     run = Run(data="digits", model="cnn", clients=2, samples_per_client=16, rounds=1, phi=1.0, down_codec=codec)
     plain = Run(data="digits", model="cnn", clients=2, samples_per_client=16, rounds=1, phi=1.0)
     assert 0 < next(iter(run)).bytes_down < next(iter(plain)).bytes_down

@@ -1,4 +1,4 @@
-"""Things from outside, awkward ones: they work, or one sentence says why not, and nothing is written before."""
+"""Unusual code and data of the user: they work, or one sentence gives the reason before anything is written."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SMALL = ["--model", "mlp", "--rounds", "1", "--clients", "2", "--samples-per-cli
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a file of things."""
+    """A working directory with a file of the user's own things."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
     return tmp_path
@@ -69,7 +69,7 @@ def test_a_comparison_of_algorithms_with_an_option_of_one_name_can_be_resumed(pl
     config = CompareConfig(algorithms=("sglr", "own.py:Words", "own.py:Numbers"), seeds=(0,), rounds=1)
     stored = config.resolved()
     assert "order" not in stored
-    assert "phi" not in stored  # 0.5 in sglr, 0.25 in Words
+    assert "phi" not in stored  # the defaults are 0.5 in sglr and 0.25 in Words
     assert stored["alpha"] == 1.0
     again = CompareConfig.of(stored)
     runs = again.runs(frozenset(again.model_fields_set))
@@ -98,7 +98,7 @@ def test_a_changed_file_is_said_when_a_run_is_resumed(place: Path) -> None:
     options: dict[str, Any] = {"model": "mlp", "clients": 2, "rounds": 2, "samples_per_client": 8}
     run = Run(algorithm="own.py:Words", out="run", **options)
     for record in run:
-        if record.round == 1:  # the checkpoint of the first round is written
+        if record.round == 1:  # the checkpoint of the first round exists
             break
     (place / "own.py").write_text(OWN + "# changed\n")
     with pytest.warns(CutlayerWarning, match="own.py:Words' has changed since the checkpoint"):
@@ -203,7 +203,7 @@ def test_a_plan_has_the_options_of_a_model_and_an_algorithm(made: Path) -> None:
         for share in ("0", "1")
     ]
     assert (made / "width").read_text() == "7"
-    assert up[1] - up[0] == 10 * 4 * (784 * 7 + 7)  # ten clients' models
+    assert up[1] - up[0] == 10 * 4 * (784 * 7 + 7)  # models of ten clients
     (made / "plan.toml").write_text('model = "made.py:wide"\ncut = "1"\nwidth = 9\nalgorithms = ["psl"]\n')
     call("plan", "--config", "plan.toml")
     assert (made / "width").read_text() == "9"
@@ -235,7 +235,7 @@ def test_a_reproduction_has_the_options_of_its_data(made: Path) -> None:
 
 
 def test_a_run_is_resumed_from_anywhere(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it names by relative paths (things in files, data, profiles) is found all the same."""
+    """Relative paths in the run (things in files, data, profiles) are found from any folder."""
     np.savez("numbers.npz", x=np.random.default_rng(0).random((60, 6), np.float32), y=np.arange(60) % 2)
     (made / "thing.toml").write_text("[device.mine]\ntitle='t'\nflops_per_second=1e9\nwatts=1\nbasis='b'\nsource='s'\n")
     options: dict[str, Any] = {"model": "mlp", "clients": 2, "rounds": 2, "data": "numbers.npz", "checkpoint_every": 1}
@@ -267,13 +267,13 @@ def test_a_run_is_resumed_from_anywhere(made: Path, monkeypatch: pytest.MonkeyPa
     assert row.entry == "Words"
     assert row.steps == len(whole)
     call("resume", "../several")
-    call("resume", "../run", "--algorithm", "../own.py:Words")  # the same, said otherwise
+    call("resume", "../run", "--algorithm", "../own.py:Words")  # the same file by another path
     assert "made with algorithm = " in call("resume", "../run", "--algorithm", "../own.py:Numbers", code=2).stderr
 
 
 def test_a_report_says_what_options_of_own_things_mean(place: Path) -> None:
     call("run", *SMALL, "--algorithm", "own.py:Words", "--order", "random", "--out", "run")
-    (place / "own.py").unlink()  # a report reads no code
+    (place / "own.py").unlink()  # reports need no code
     call("report", "run")
     page = (place / "run" / "report.html").read_text()
     assert '<code>order</code></th><td>random</td><td class="soft">A word.</td>' in page

@@ -1,4 +1,4 @@
-"""A run or a comparison takes the place of an earlier one, and of nothing else."""
+"""A run or a comparison can replace an earlier one, and nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_run_is_replaced_when_the_next_one_begins(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         run(out, overwrite=True, rounds=-1)
     later = run(out, overwrite=True)
-    assert content(out) == before  # not yet
+    assert content(out) == before  # not replaced yet
     with pytest.warns(CutlayerWarning, match=r"'.*/r': the finished run of psl of [\d: -]+ is replaced"):
         result = later.run()
     run(tmp_path / "fresh", overwrite=True).run()
@@ -70,14 +70,14 @@ def test_a_comparison_is_replaced_and_does_not_take_its_results(tmp_path: Path) 
     assert row.steps == 2 * first[0].steps
     assert not (out / "ssl").exists()
     with pytest.raises(RunFolderError, match="already holds files"):
-        second.run()  # it would replace itself
+        second.run()  # it would replace its own folder
     (out / "comparison.json").unlink()
     with pytest.warns(CutlayerWarning, match="the unfinished comparison of"):
         run(out, overwrite=True).run()
 
 
 def foreign(out: Path) -> dict[str, Callable[[], Any]]:
-    """What may stand in a folder that is then not deleted, by what the error names."""
+    """Things in a folder that prevent its deletion, by the path that the error names."""
     return {
         "notes.md": lambda: (out / "notes.md").touch(),
         "psl/notes.md": lambda: (out / "psl/notes.md").touch(),

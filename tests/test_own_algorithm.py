@@ -1,4 +1,4 @@
-"""An algorithm in a package of its own, installed or named by its file: every command treats it like a built-in one."""
+"""An algorithm in its own package, installed or named by its file, works in every command like a built-in one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cutlayer.folder import ALGORITHM, CHECKPOINT, COMPARISON, RESULT, STEPS
 from cutlayer.report.collect import read
 from cutlayer.report.curves import _looks
 
-pytestmark = pytest.mark.long  # processes, and pip: an example is a package that is installed
+pytestmark = pytest.mark.long  # starts processes, and pip, which installs the example
 PACKAGE = ROOT / "examples" / "own_algorithm"
 FILE = f"{PACKAGE / 'echopsl.py'}:EchoPsl"
 NAME, TITLE, COLOUR = "echopsl", "EchoPSL", "#8c564b"
@@ -45,7 +45,7 @@ FLAGS = flags()
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the package is installed in, from a copy: pip builds beside the sources."""
+    """The folder in which the package is installed. pip writes next to sources, so it installs from a copy."""
     place = tmp_path_factory.mktemp("package")
     shutil.copytree(PACKAGE, place / "sources")
     how = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
@@ -59,7 +59,7 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def command(installed: Path, tmp_path: Path) -> Iterator[Command]:
-    """Runs `cutlayer WORDS` in a process that has the package: what it prints; `start` does not wait for it."""
+    """Runs `cutlayer WORDS` in a process that has the package, and returns its output. `start` does not wait."""
     started: list[processes.Process] = []
 
     def start(name: str, *words: str) -> processes.Process:
@@ -86,7 +86,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def expected(**options: Any) -> list[float]:
-    """Of the same run in this process, by reference to the file."""
+    """The losses of the same run in this process, with the algorithm named by its file."""
     return [record.loss for record in Run(RunConfig.of({**OPTIONS, "algorithm": FILE, **options}))]
 
 
@@ -98,7 +98,7 @@ def test_nothing_knows_its_name() -> None:
 
 
 def test_it_is_listed(installed: Path) -> None:
-    """By a Python that has the package on its path from the start."""
+    """Python has the package on its path from the start."""
     paths = os.pathsep.join([str(Path(cutlayer.__file__).parents[1]), str(installed)])
     done = subprocess.run(
         [sys.executable, "-m", "cutlayer", "list", "algorithms"],
@@ -122,7 +122,7 @@ def test_it_runs_on_both_engines(command: Command, tmp_path: Path) -> None:
 
 
 def test_it_is_compared(command: Command, tmp_path: Path) -> None:
-    """On both engines: bytes are those of PSL, the server computes twice as much; it has its title and its colour."""
+    """In both engines, bytes are those of PSL and the server computes twice as much. Title and colour are its own."""
     for engine in ("local", "stacked"):
         words = ["--algorithms", "psl", NAME, "--seeds", "0", *FLAGS, "--engine", engine, "--out", engine]
         said = command("compare", *words)
@@ -155,7 +155,7 @@ def test_it_is_planned(command: Command) -> None:
 
 
 def test_the_plan_is_what_a_run_counts() -> None:
-    """Virtual time, FLOPs and energy of the server included."""
+    """Including virtual time, FLOPs and the server's energy."""
     machines = {"client_device": "raspberry-pi-4", "server_device": "h100", "link": "lte"}
     run = Run(RunConfig.of({**OPTIONS, "algorithm": FILE, **machines}))
     result = run.run()
@@ -171,7 +171,7 @@ def test_the_plan_is_what_a_run_counts() -> None:
 
 
 def test_it_is_deployed(command: Any, tmp_path: Path) -> None:
-    """A server that has it installed, clients that name the file: the numbers of the simulation."""
+    """The server has the package installed and clients name the file. The losses are those of the simulation."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -185,7 +185,7 @@ def test_it_is_deployed(command: Any, tmp_path: Path) -> None:
 
 
 def test_it_is_resumed(command: Any, tmp_path: Path) -> None:
-    """Interrupted by Ctrl-C after its first checkpoint."""
+    """Interrupted by Ctrl-C after the first checkpoint."""
     more = {"rounds": 60, "eval_every": 60, "checkpoint_every": 2}
     process = command.start("run", "run", "--algorithm", NAME, *flags(**more), "--out", "run")
     end = time.monotonic() + PATIENCE
@@ -201,7 +201,7 @@ def test_it_is_resumed(command: Any, tmp_path: Path) -> None:
 
 
 def test_its_file_can_be_named(command: Command, tmp_path: Path) -> None:
-    """Without installing it: on the command line and in a file; folders have its name, not its path."""
+    """Without installation, on the command line and in a file. Folders are named after the algorithm, not its path."""
     said = command("run", "--algorithm", FILE, *FLAGS)
     (made,) = (tmp_path / "runs").iterdir()
     assert made.name.startswith("EchoPsl-digits-")
@@ -223,7 +223,7 @@ def test_its_options_are_checked(command: Command) -> None:
 
 
 def test_options_of_an_installed_package_have_owners(command: Command) -> None:
-    """Also without having chosen it."""
+    """Also if the algorithm is not chosen."""
     said = command("run", "--memory", "2", code=2)
     assert f"--memory has no effect here: it belongs to {NAME}; leave it out or choose" in said
     tail = command("run", "--algorithm", "fl", "--server-lr", "0.1", code=2)

@@ -1,4 +1,4 @@
-"""Code of the user's own that fails: one sentence names the thing, the exception and the line; `--debug` shows more."""
+"""Failures of the user's own code: one sentence names the thing, the exception and the line. `--debug` shows more."""
 
 from __future__ import annotations
 

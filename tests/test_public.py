@@ -1,4 +1,4 @@
-"""What users rely on, frozen: public names, options, commands, choices. A change here is a change for them."""
+"""The interface that users rely on: public names, options, commands and choices. Changing it affects users."""
 
 from __future__ import annotations
 
@@ -181,12 +181,12 @@ def test_things_and_their_options() -> None:
         kind: {name: " ".join(sorted(entry.option_names)) for name, entry in plugins.index(kind).items()}
         for kind in plugins.KINDS
     }
-    found["codec"] = dict.fromkeys(found["codec"], "")  # written with a codec's name, not among a run's options
+    found["codec"] = dict.fromkeys(found["codec"], "")  # written with the name of a codec, not as an option of a run
     assert found == THINGS
 
 
 def test_what_is_derived_is_up_to_date() -> None:
-    """Else run `make derive`."""
+    """If this fails, run `make derive`."""
     stored = plugins.stored_index()
     assert stored is not None, "index.json is out of date"
     assert derive.KEYWORDS.read_text() == derive.keywords()
@@ -195,13 +195,13 @@ def test_what_is_derived_is_up_to_date() -> None:
 
 
 def test_importing_is_light() -> None:
-    """Neither the package nor the command line's help may wait for torch."""
+    """Neither the package nor the command line's help imports torch."""
     code = "import cutlayer, cutlayer.cli, sys; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_no_command_has_a_flag_with_two_meanings() -> None:
-    """A parameter of a command is not called as an option that the command takes too."""
+    """No parameter of a command has the name of an option that the command also accepts."""
     application()  # registers all commands
     for made in flags.COMMANDS:
         own = set(inspect.signature(made.function).parameters) - set(made.flags)

@@ -1,4 +1,4 @@
-"""The examples of README, first steps and studies run as they stand: Python blocks, and `cutlayer` command lines."""
+"""The examples of README, first steps and studies work unchanged: Python blocks and `cutlayer` commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGES = README + "".join(
     (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("first-steps.md", "studies.md")
 )
 PYTHON = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
-# `make` targets are what runs these tests; lines that say how long they take are not for every test run.
+# Without `make` targets, which run these tests, and without lines that state a long duration.
 COMMANDS = [
     line.split("  #")[0].split(" > ")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
@@ -34,7 +34,7 @@ def test_there_are_examples() -> None:
 
 
 def test_the_readme_is_for_strangers() -> None:
-    """Short, with five lines of Python, and every file that it links to is there."""
+    """It is short, has five lines of Python, and links only to existing files."""
     assert len(README.splitlines()) <= 120
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert sum(1 for line in program.splitlines() if line) == 5
@@ -46,7 +46,7 @@ def test_the_readme_is_for_strangers() -> None:
 def test_python_examples(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each block runs by itself in an empty folder and prints something."""
+    """Each block works alone in an empty folder and prints something."""
     monkeypatch.chdir(tmp_path)
     exec(compile(PYTHON[number], "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
@@ -54,9 +54,10 @@ def test_python_examples(
 
 @pytest.mark.long
 def test_commands(tmp_path: Path) -> None:
-    """All in one folder, in order: later lines use the runs of earlier ones. The first TOML example is there as
-    written; the others are sweeps and a tuning that can be made. What is trained is not looked at: clients have few
-    samples.
+    """All commands run in one folder, in order: later ones use the runs of earlier ones.
+
+    The first TOML example is written to a file unchanged. The others are sweeps and a tuning, which are only built.
+    Results are not checked, since clients have few samples.
     """
     config, *sweeps = re.findall(r"```toml\n(.*?)```", PAGES, re.DOTALL)
     (tmp_path / "sweep.toml").write_text(config)
@@ -73,7 +74,7 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_it_names_the_commands_that_exist() -> None:
-    """Every `make` target that README and CONTRIBUTING name is in the Makefile."""
+    """The Makefile has every `make` target that README and CONTRIBUTING name."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= targets

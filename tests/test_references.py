@@ -1,4 +1,4 @@
-"""The entries of references.bib are whole, and everything that is registered finds its own."""
+"""The entries of references.bib are complete, and all registered things find their entries."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cutlayer import plugins
 from cutlayer.references import bibtex, references
 
 FILE = (ROOT / "src/cutlayer/references.bib").read_text(encoding="utf-8")
-SOFTWARE = {"cutlayer", "peft"}  # without a paper
+SOFTWARE = {"cutlayer", "peft"}  # have no paper
 
 
 def parsed(text: str) -> dict[str, dict[str, str]]:
-    """BibTeX as BibTeX reads it: key -> field -> value. Text between entries is a comment."""
+    """The entries as BibTeX reads them: key -> field -> value. Text between entries is a comment."""
     entries: dict[str, dict[str, str]] = {}
     at = 0
     while found := re.compile(r"^@(\w+)\{([^,\s]+),", re.M).search(text, at):
@@ -53,7 +53,7 @@ def test_the_entries_are_whole_and_each_is_there_once() -> None:
     for name in ("eprint", "doi", "title"):
         values = [entry[name] for entry in entries.values() if name in entry]
         assert len(values) == len(set(values)), name
-    assert FILE.isascii()  # as old programs want it
+    assert FILE.isascii()  # old programs need it
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)

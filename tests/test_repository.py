@@ -1,4 +1,4 @@
-"""What is said about the project outside its code: templates, workflows, citation. It names only what exists."""
+"""Templates, workflows and the citation file name only what exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An interrupted run, resumed, ends bit for bit as if it had never been interrupted."""
+"""A resumed run ends bit for bit like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [10, 5, 7]
 
 
 def net() -> nn.Module:
-    """With everything that has state: batch normalisation, dropout, several layers."""
+    """A model with many kinds of state: batch normalisation, dropout, several layers."""
     return nn.Sequential(
         nn.Linear(6, 8),
         nn.BatchNorm1d(8),
@@ -33,7 +33,7 @@ def net() -> nn.Module:
 
 
 def options(algorithm: str) -> dict[str, Any]:
-    """Adam with state on both sides, sampling of clients, schedules, an odd number of rounds."""
+    """Adam with state on both sides, sampling of clients, schedules, and an odd number of rounds."""
     common = {"algorithm": algorithm, "clients": 3, "partition": "column", "batch": 5, "rounds": 5, "client_lr": 0.01}
     if algorithm == "ussl":
         return {**common, "cut": "2", "tail_cut": "4", "hand_over_optimizer": True}
@@ -44,9 +44,9 @@ def options(algorithm: str) -> dict[str, Any]:
     if traits(algorithm).gradients_cross:
         cut["start"] = "equal"
     if plugins.index("algorithm")[algorithm].facts["presets"].get("sampling") == "global":
-        cut["sampling"] = "proportional"  # the model does not train on the single rows of global
+        cut["sampling"] = "proportional"  # the model cannot train on the single rows of global sampling
     if algorithm in ("fl", "sfl", "sflv1"):
-        own["local_epochs"] = 2  # rounds that are not epochs
+        own["local_epochs"] = 2  # so rounds are not epochs
     return {**common, **own, **cut}
 
 
@@ -55,12 +55,12 @@ def new(algorithm: str, out: Path | None) -> Run:
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
-    """Records without the only field that cannot be equal: the time."""
+    """Records without the time, which is the only field that differs."""
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_records(path)]
 
 
 def assert_same_runs(a: Path, b: Path) -> None:
-    """Same records, and the same final state of models, optimisers, clocks and ledger."""
+    """Equal records, and equal final states of models, optimisers, clocks and ledger."""
     assert without_times(a / STEPS) == without_times(b / STEPS)
     assert without_times(a / EVALUATIONS) == without_times(b / EVALUATIONS)
     x, y = checkpoint.read(a / CHECKPOINT), checkpoint.read(b / CHECKPOINT)
@@ -70,7 +70,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_interrupted_anywhere(algorithm: str, tmp_path: Path) -> None:
-    """Stopped in the middle of the first round, of the third, and right after the last step; resumed each time."""
+    """Stopped after the first step, in the middle, and before the last step, and resumed each time."""
     quiet = tmp_path / "quiet"
     new(algorithm, quiet).run()
     total = len(without_times(quiet / STEPS))
@@ -78,7 +78,7 @@ def test_interrupted_anywhere(algorithm: str, tmp_path: Path) -> None:
         broken = tmp_path / f"broken-{stop}"
         for count, _ in enumerate(new(algorithm, broken), 1):
             if count == stop:
-                break  # the generator is closed: what Ctrl-C does
+                break  # closes the generator, as Ctrl-C does
         resumed = Run.resume(broken, model=net, data=source(SIZES, (6,)))
         resumed.run()
         assert_same_runs(quiet, broken)
@@ -93,7 +93,7 @@ def test_interrupted_anywhere(algorithm: str, tmp_path: Path) -> None:
     ],
 )
 def test_interrupted_union_steps(algorithm: str, more: dict[str, Any], tmp_path: Path) -> None:
-    """One local step, then averaging: one model for all, and no optimiser state."""
+    """Averaged after one local step: one model for all clients, without optimiser state."""
     every: dict[str, Any] = {
         "algorithm": algorithm, "clients": 3, "partition": "column", "batch": 5, "rounds": 6, "participation": 0.7,
         "client_optimizer": "sgd", "checkpoint_every": 2, **more,
@@ -112,7 +112,7 @@ def test_interrupted_union_steps(algorithm: str, more: dict[str, Any], tmp_path:
 
 @pytest.mark.parametrize(("algorithm", "optimizer"), [("sglr", "adam"), ("sflv1", "sgd"), ("ssl", "adam")])
 def test_interrupted_with_kernels_whose_channels_lie_last(algorithm: str, optimizer: str, tmp_path: Path) -> None:
-    """Moments lie in memory as their weights do, also those that come back from a checkpoint."""
+    """Moments have the memory layout of their weights, also after they are read from a checkpoint."""
     momentum = {"client_optimizer_options": {"momentum": 0.9}} if optimizer == "sgd" else {}
     every: dict[str, Any] = {
         "algorithm": algorithm, "data": "digits", "model": "cnn", "clients": 3, "samples_per_client": 8, "batch": 8,
@@ -131,7 +131,7 @@ def test_interrupted_with_kernels_whose_channels_lie_last(algorithm: str, optimi
 
 
 def test_interrupted_twice_and_between_checkpoints(tmp_path: Path) -> None:
-    """Checkpoints every two rounds: records written after the last one are forgotten and written anew."""
+    """With checkpoints every two rounds, records after the last checkpoint are discarded and written again."""
     data = source(SIZES, (6,))
     more = {**options("sglr"), "rounds": 7, "checkpoint_every": 2}
     quiet, broken = tmp_path / "quiet", tmp_path / "broken"
@@ -171,7 +171,7 @@ def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_an_optimizer_with_state_in_another_type(precision: str, tmp_path: Path) -> None:
-    """NAdam keeps a float32 product beside float64 parameters."""
+    """NAdam keeps a float32 product in addition to float64 parameters."""
     more = {**options("sflv1"), "client_optimizer": "nadam", "precision": precision, "engine": "local"}
     data = source(SIZES, (6,))
     Run(model=net, data=data, out=tmp_path / "quiet", **more).run()
@@ -221,7 +221,7 @@ def test_a_broken_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_pickle_in_a_run_folder(tmp_path: Path) -> None:
-    """The checkpoint and the models are plain safetensors; everything else is text."""
+    """The checkpoint and the models are plain safetensors files. All other files are text."""
     from safetensors import safe_open
 
     new("sflv1", tmp_path / "run").run()
@@ -234,7 +234,7 @@ def test_no_pickle_in_a_run_folder(tmp_path: Path) -> None:
 
 
 def test_comparison_resumes(tmp_path: Path) -> None:
-    """Interrupted in the third of four runs: the finished ones are kept, the table is that of the quiet comparison."""
+    """Interrupted in the third of four runs. Finished runs are kept, and the table is that without interruption."""
     data = source(SIZES, (6,))
     more: dict[str, Any] = {"algorithms": ("psl", "sglr"), "seeds": (0, 1), "clients": 3, "partition": "column"}
     more |= {"cut": "3", "rounds": 3, "batch": 5, "variant": {"half": {"algorithm": "sglr", "alpha": 0.5}}}
@@ -253,7 +253,7 @@ def test_comparison_resumes(tmp_path: Path) -> None:
 
 
 def test_a_model_and_data_by_name(tmp_path: Path) -> None:
-    """Names are options like others: those of the run are accepted, others refused."""
+    """Names are options like any others: equal values are accepted, different ones refused."""
     options: dict[str, Any] = {"algorithm": "psl", "model": "mlp", "data": "digits", "clients": 2, "epochs": 2}
     for record in Run(**options, out=tmp_path / "run"):
         if record.round == 1:

@@ -1,4 +1,4 @@
-"""Rows that clients send are bounded: exact, alike in simulations and deployments; and who is named."""
+"""Bounds on the rows that clients send: exact, equal in simulations and deployments, and warnings with names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LENGTH: dict[str, Any] = {"screening": "length_bound"}
 
 
 class Sends(CohortAround):
-    """Sends the given rows, and stores the received gradients."""
+    """A cohort that sends the given rows and stores the received gradients."""
 
     def __init__(self, rows: Rows, clients: Sequence[int], sizes: Sequence[int], enrolled: int = 4) -> None:
         self.sent = Smashed(rows, torch.zeros(sum(sizes)), tuple(clients), tuple(sizes))
@@ -40,11 +40,11 @@ class Sends(CohortAround):
 
     @property
     def samples(self) -> Sequence[int]:
-        """Ten each."""
+        """Ten per client."""
         return [10] * self.enrolled
 
     def forward(self, clients: Sequence[int] | None = None, *, labels: bool = True) -> Smashed:
-        """The rows."""
+        """The given rows."""
         return self.sent
 
     def tail(self, features: Smashed) -> TailGradients:
@@ -52,20 +52,20 @@ class Sends(CohortAround):
         return TailGradients(self.sent.rows, torch.zeros(1), self.sent.clients, self.sent.sizes)
 
     def backward(self, gradients: CutGradients) -> None:
-        """Kept."""
+        """Stores the gradients."""
         self.got = gradients
 
 
 class Told(list[tuple[str, Mapping[str, Any]]]):
-    """What was told."""
+    """The reported events."""
 
     def __call__(self, happened: str, facts: Mapping[str, Any]) -> None:
-        """One more."""
+        """Adds an event."""
         self.append((happened, facts))
 
 
 def rows_of(*lengths: float) -> Rows:
-    """Two tensors that cross, and one of integers; each row's length over both is as given."""
+    """Two real tensors and one of integers. Each row has the given length over both real tensors."""
     along = torch.tensor([[0.6, 0.0], [0.0, 0.8]], dtype=torch.float64)
     scale = torch.tensor(lengths, dtype=torch.float64)
     return scale.view(-1, 1) * along[0], torch.arange(len(lengths)), scale.view(-1, 1, 1) * along[1].view(1, 1, 2)
@@ -85,14 +85,14 @@ def up_to(limit: float) -> LengthBound:
 
 
 def test_rows_are_scaled_down_to_a_multiple_of_the_median() -> None:
-    """The clients' medians are 2, 3 and 9: their median is 3. Integers stay."""
+    """The clients' medians are 2, 3 and 9, so their median is 3. Integers do not change."""
     inner = Sends(rows_of(1, 2, 8, 3, 9), (0, 1, 2), (3, 1, 1))
     found = bounded(inner, times(2.0)).forward()
     assert lengths_of(found.rows).tolist() == pytest.approx([1, 2, 6, 3, 6])
     assert torch.equal(found.rows[1], torch.arange(5))
     for before, after in zip(inner.sent.rows, found.rows, strict=True):
         assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
-    assert lengths_of(inner.sent.rows).tolist() == pytest.approx([1, 2, 8, 3, 9])  # untouched
+    assert lengths_of(inner.sent.rows).tolist() == pytest.approx([1, 2, 8, 3, 9])  # unchanged
     assert lengths_of(bounded(inner, up_to(2.5)).forward().rows).tolist() == pytest.approx([1, 2, 2.5, 2.5, 2.5])
     assert bounded(inner, times(100.0)).forward() is inner.sent
 
@@ -109,7 +109,7 @@ def test_rows_that_are_mostly_zeros_are_left() -> None:
 
 @pytest.mark.parametrize("numbers", [torch.float32, torch.bfloat16])
 def test_finite_numbers_that_are_huge(numbers: torch.dtype) -> None:
-    """Their squares overflow; their row is scaled down all the same."""
+    """Their squares overflow, but the row is still scaled down."""
     x = torch.ones(3, 8).to(numbers)
     x[2] = 1e38
     found = bounded(Sends((x,), (0, 1, 2), (1, 1, 1)), times(2.0)).forward()
@@ -125,7 +125,7 @@ def test_numbers_that_are_not_finite_are_left_to_the_server() -> None:
 
 
 def test_gradients_go_back_by_the_chain_rule() -> None:
-    """With the bound fixed, as autograd finds them; of clients in another order, without one, and with a common one."""
+    """Equal to autograd for a fixed bound, also for other orders, without a client, or with a common gradient."""
     generator = torch.Generator().manual_seed(0)
     sent = [torch.randn(6, 3, generator=generator).double(), torch.randn(6, 2, 2, generator=generator).double()]
     sent[0][4] *= 9
@@ -148,7 +148,7 @@ def test_gradients_go_back_by_the_chain_rule() -> None:
     assert inner.got is not None
     for g, e in zip(inner.got.own, expected, strict=True):
         torch.testing.assert_close(g, e)
-    order = [5, 2, 3, 4]  # client 2, then 1; client 0 shares a common gradient
+    order = [5, 2, 3, 4]  # client 2, then client 1; client 0 shares a common gradient
     common = tuple(g[:1] for g in gradient)
     cohort.backward(CutGradients(tuple(g[order] for g in gradient), (2, 1), (1, 3), common, (0,)))
     assert inner.got.common is common
@@ -169,7 +169,7 @@ def test_medians_of_clients() -> None:
     assert medians(lengths, (1, 5)).tolist() == [3, 7]
 
 
-# Who is named
+# Clients that are named
 
 
 def lone(length: float) -> Rows:
@@ -209,7 +209,7 @@ def test_clients_that_take_turns_are_compared_with_those_before() -> None:
 
 
 class Hostile(torch.nn.Module):
-    """Inputs of 1000 and more belong to a client whose smashed data are huge."""
+    """Makes smashed data huge for inputs of 1000 and more, which one client has."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[...] -> [...]."""

@@ -1,4 +1,4 @@
-"""Whoever draws gets a stream by its name, and leaves the caller's as it was."""
+"""Each use of randomness has its own named stream and does not change the caller's."""
 
 import torch
 from torch import nn

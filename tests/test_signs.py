@@ -1,4 +1,4 @@
-"""Ranks that wait leave signs of life; those that leave none are named."""
+"""Waiting ranks give signs of life, and ranks without signs are named."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.distributed import HashStore, Store
 from cutlayer.signs import Signs
 
 LIMIT = 0.08
-"""Seconds; a sign is due four times as often."""
+"""In seconds. A sign is due four times in this time."""
 
 
 @contextmanager
 def waiting(signs: Signs) -> Iterator[None]:
-    """Another rank, which waits meanwhile and gives signs of it."""
+    """Another rank that gives signs because it waits."""
     end = threading.Event()
 
     def wait() -> None:
@@ -40,7 +40,7 @@ def of(store: Store, size: int) -> list[Signs]:
 
 def test_who_waits_is_not_who_is_waited_for() -> None:
     ranks = of(HashStore(), 4)
-    ranks[3].give()  # it has waited before, and does not now; rank 1 has never had to
+    ranks[3].give()  # it waited earlier, but not now; rank 1 has never waited
     with waiting(ranks[2]):
         assert ranks[0].silent() == (1, 3)
 
@@ -49,18 +49,18 @@ def test_a_rank_that_has_found_out_and_left_is_not_missed() -> None:
     ranks = of(HashStore(), 3)
     with waiting(ranks[1]):
         assert ranks[0].silent() == (2,)
-    assert ranks[1].silent() == (2,)  # rank 0 is silent too, but has left
+    assert ranks[1].silent() == (2,)  # rank 0 is silent, too, but has left
 
 
 def test_ranks_that_wait_both_are_not_lost() -> None:
-    """Something else than a rank was in the way."""
+    """The cause of the delay is not a rank."""
     ranks = of(HashStore(), 2)
     with waiting(ranks[1]):
         assert ranks[0].silent() == ()
 
 
 def test_who_looks_for_others_gives_signs_and_has_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For three pauses, so that two that look at the same time do not miss each other."""
+    """It waits for three pauses, so two ranks that look at the same time do not miss each other."""
     store, seen = HashStore(), list[bytes]()
     ranks = of(store, 2)
 
@@ -89,11 +89,11 @@ def test_who_does_not_come_is_named() -> None:
 def test_those_who_do_not_come_are_waited_for_together() -> None:
     began = time.monotonic()
     assert Signs(HashStore(), 0, 40, LIMIT).meet(0.5) == tuple(range(1, 40))
-    assert time.monotonic() - began < 10  # half a second for each would be twice that
+    assert time.monotonic() - began < 10  # half a second for each rank would take twice as long
 
 
 class Asleep(HashStore):
-    """A store that does not answer, since the machine that keeps it is gone."""
+    """A store that does not answer, since its machine has failed."""
 
     awake = threading.Event()
 

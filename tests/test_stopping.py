@@ -1,4 +1,4 @@
-"""Early stopping: training ends where the validation score has stopped getting better, resumed or not."""
+"""Early stopping: training ends when the validation score no longer improves, also in a resumed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cutlayer.report import write
 from cutlayer.report.collect import read
 from cutlayer.testing.deployed import in_memory
 
-# At this rate the model stays as it is: all evaluations are equal, and none is better than the first.
+# At this rate the model hardly changes: all evaluations are equal, and none is better than the first.
 STUCK: dict[str, Any] = {
     "data": "digits", "model": "mlp", "algorithm": "psl", "clients": 3, "samples_per_client": 20, "rounds": 9,
     "client_lr": 1e-12, "client_optimizer": "sgd", "eval_every": 1, "checkpoint_every": 1,
@@ -30,7 +30,7 @@ LEARNING = {**STUCK, "clients": 2, "client_lr": 0.1, "client_optimizer": "adam",
 
 
 def waited(scores: list[float]) -> list[int]:
-    """After each evaluation, how many there have been since the best one, the first of equals."""
+    """For each evaluation, the number of evaluations since the first best one."""
     return [k - scores.index(max(scores[: k + 1])) for k in range(len(scores))]
 
 
@@ -45,14 +45,14 @@ def test_it_stops_after_so_many_evaluations_without_a_better_one(patience: int) 
 
 
 def test_it_trains_to_the_end_while_it_gets_better() -> None:
-    """And where nothing was asked for."""
+    """Training also continues if early stopping was not requested."""
     assert Run(**STUCK).run().stopped == ""
     result = Run(**{**LEARNING, "rounds": 3}, stop_after=3).run()
     assert (result.rounds, result.stopped) == (3, "")
 
 
 def test_up_to_there_it_is_the_run_without_it(tmp_path: Path) -> None:
-    """Same steps and evaluations, same models: schedules go by the rounds that were planned."""
+    """Up to its end, the run has the steps, scores and models of the whole run: schedules use the planned rounds."""
     stopped = Run(**LEARNING, stop_after=2, out=tmp_path / "stopped")
     result = stopped.run()
     scores = [s.validation_score or 0.0 for s in stopped.evaluations]
@@ -83,7 +83,7 @@ def test_resumed_it_stops_at_the_same_place(tmp_path: Path) -> None:
 
 
 def test_resumed_after_the_end_it_trains_no_further(tmp_path: Path) -> None:
-    """As where a process was ended between the last checkpoint and the result."""
+    """The process may end between the last checkpoint and the result."""
     first = Run(**STUCK, stop_after=2, out=tmp_path / "run").run()
     (tmp_path / "run" / RESULT).unlink()
     again = Run.resume(tmp_path / "run").run()
@@ -91,7 +91,7 @@ def test_resumed_after_the_end_it_trains_no_further(tmp_path: Path) -> None:
 
 
 def test_at_the_end_all_are_judged_as_in_a_whole_run(tmp_path: Path) -> None:
-    """With few of the clients judged on the way, the last round is judged once more, with all of them."""
+    """If only some clients are evaluated during training, all of them are evaluated after the last round."""
     config = RunConfig.of({**STUCK, "stop_after": 1, "eval_clients": 1})
     run = Run(config, training=replace(assemble(config), eval_last=None), out=tmp_path / "run")
     run.run()
@@ -116,7 +116,7 @@ def test_the_page_and_the_log_say_it(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_comparison_says_it(tmp_path: Path) -> None:
-    """Each run stops by itself; a progress line says why."""
+    """Each run stops by itself, and its progress line gives the reason."""
     options = {k: v for k, v in STUCK.items() if k != "algorithm"}
     comparison = Comparison(**options, algorithms=("psl", "fl"), seeds=(0, 1), stop_after=2, out=tmp_path / "all")
     ends = [progress.standing for progress in comparison.progress() if progress.ended]

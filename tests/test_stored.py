@@ -1,4 +1,4 @@
-"""State files that are well-formed but wrong: an error with a name, or a state that is taken unchanged."""
+"""State files that are well-formed but wrong: an error names the file, or the state is used unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cutlayer.testing import in_memory
 from cutlayer.wire import messages as m
 
 SIZES = [6, 4]
-TRIES = 10  # mutations of each state, drawn at random
+TRIES = 10  # number of random mutations of each state
 Place = tuple[Any, ...]
 
 
@@ -44,12 +44,12 @@ def options(algorithm: str) -> dict[str, Any]:
     if traits(algorithm).u_shaped:
         return {**common, "cut": "2", "tail_cut": "4"}
     if algorithm in ("gpsl", "gscala"):
-        common["sampling"] = "fixed"  # batch normalisation trains with two rows at least
+        common["sampling"] = "fixed"  # batch normalisation needs two rows at least
     return common if traits(algorithm).whole else {**common, "cut": "3"}
 
 
 def places(tree: Any, at: Place = ()) -> Iterator[Place]:
-    """Every place in a tree: of its branches, of its leaves."""
+    """The places of all branches and leaves of a tree."""
     yield at
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for key, value in entries:
@@ -69,7 +69,7 @@ def places(tree: Any, at: Place = ()) -> Iterator[Place]:
 def test_tensors_fit_those_that_they_replace(given: dict[str, Tensor], says: str) -> None:
     with pytest.raises(MalformedError, match=says):
         fit(given, {"w": torch.ones(2)}, "the model")
-    masked = {"w": torch.tensor([0.0, float("-inf")])}  # such as the mask of an attention
+    masked = {"w": torch.tensor([0.0, float("-inf")])}  # like the mask of an attention
     fit(masked, masked, "the model")
 
 
@@ -83,7 +83,7 @@ def test_every_client_has_a_clock_of_its_own(drawn: list[int]) -> None:
 
 
 def deep() -> list[Any]:
-    """A list in a list in a list..."""
+    """A list, nested 5000 times."""
     nested: list[Any] = []
     for _ in range(5000):
         nested = [nested]
@@ -91,7 +91,7 @@ def deep() -> list[Any]:
 
 
 def others(value: Any) -> list[Any]:
-    """Values of another kind, or out of range."""
+    """Values of another kind or out of range."""
     if isinstance(value, Tensor):
         nan = value.clone().float()
         nan.view(-1)[:1] = float("nan")
@@ -123,7 +123,7 @@ def others(value: Any) -> list[Any]:
 
 
 def mutated(tree: Any, place: Place, how: int) -> Any:
-    """The tree with one change at a place: an entry is dropped, added, or replaced. Shares the rest with the tree."""
+    """The tree with one change: an entry is removed, added or replaced. Shares the rest with the tree."""
     if not place:
         return others(tree)[how % len(others(tree))]
     key, *rest = place
@@ -143,7 +143,7 @@ def mutated(tree: Any, place: Place, how: int) -> Any:
 
 
 def draws(tree: Any, seed: str) -> Iterator[tuple[Place, Any]]:
-    """Mutations: half of them at the branches near the root, since most places are deep in models and metrics."""
+    """Random mutations. Half of them are near the root, since most places are deep in models and metrics."""
     rng, found = random.Random(seed), [place for place in places(tree) if "confusion" not in place]
     near = [place for place in found if len(place) <= 4]
     for n in range(TRIES):
@@ -152,7 +152,7 @@ def draws(tree: Any, seed: str) -> Iterator[tuple[Place, Any]]:
 
 
 def folder_of(algorithm: str, engine: str, out: Path, **more: Any) -> tuple[Run, Path]:
-    """A run that has come to its checkpoint, ready to go on, and that checkpoint."""
+    """A run after its checkpoint, ready to be continued, and the path of the checkpoint."""
     data, config = source(SIZES, (3,)), {**options(algorithm), **more}
     if engine == "remote":
         in_memory(RunConfig.of(config), model=net, data=data, folder=out).run.run()
@@ -163,7 +163,7 @@ def folder_of(algorithm: str, engine: str, out: Path, **more: Any) -> tuple[Run,
     return Run.resume(out / "run", model=net, data=data), out / "run" / CHECKPOINT
 
 
-LACKING = {"frozen", "plain clock", "batches", "code"}  # which states of earlier versions do not have
+LACKING = {"frozen", "plain clock", "batches", "code"}  # missing in states of earlier versions
 
 
 CASES = [
@@ -193,14 +193,14 @@ def test_a_wrong_checkpoint_is_refused_or_taken_as_it_stands(
                 run._load(checked(wrong, RunState))
         except RunFolderError:
             continue
-        if engine != "remote" and not LACKING & {*place}:  # a remote cohort asks clients for its state
+        if engine != "remote" and not LACKING & {*place}:  # a remote cohort asks clients for their states
             assert same(run.training.server.state(), wrong["server"]), place
             assert same(run.training.clients.state(), wrong["clients"]), place
 
 
 @pytest.mark.parametrize("algorithm", ["fl", "sglr", "ussl"])
 def test_a_wrong_state_of_a_client_is_refused_or_taken_as_it_stands(algorithm: str, tmp_path: Path) -> None:
-    """Of a client on another machine: with the file's name, before anything of it is used."""
+    """For a client on another machine. The error names the file before any of its values is used."""
     data, config = source(SIZES, (3,)), RunConfig.of(options(algorithm))
     in_memory(config, model=net, data=data, folder=tmp_path).run.run()
     path = tmp_path / "client-0" / "client.safetensors"
@@ -209,7 +209,7 @@ def test_a_wrong_state_of_a_client_is_refused_or_taken_as_it_stands(algorithm: s
     for place, wrong in draws(tree, algorithm):
         try:
             checkpoint.write(path, wrong if isinstance(wrong, dict) and all(isinstance(k, str) for k in wrong) else {})
-        except (TypeError, RecursionError):  # what no file can hold
+        except (TypeError, RecursionError):  # cannot be stored in a file
             continue
         try:
             worker._take(worker._states()["client.safetensors"])
@@ -242,7 +242,7 @@ def test_a_wrong_seed_of_the_noise(text: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_says_more_than_it_packs(tmp_path: Path) -> None:
-    """Well-formed safetensors with a header that `checkpoint.write` never writes."""
+    """Well-formed safetensors files with headers that `checkpoint.write` never writes."""
     path, one = tmp_path / "x.safetensors", torch.zeros(2)
     headers = [
         "[" * 100_000 + "]" * 100_000,
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_says_more_than_it_packs(tmp_path: Path) -> None:
         '{"dict": [["a", {"tensor": "7"}]]}',
         '{"dict": [["a", {"tensor": [0]}]]}',
         '{"dict": [], "tuple": []}',
-        '{"dict": []}',  # which says nothing of the tensor
+        '{"dict": []}',  # does not mention the tensor
         "[1]",
         "{",
     ]
@@ -284,7 +284,7 @@ def test_a_wrong_tuning_cache_is_measured_again(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is done, from the command line, with a table for `predict`."""
+    """A finished run from the command line, with a table for `predict`."""
     folder = tmp_path_factory.mktemp("finished")
     rows = "".join(f"{x}.5,{x % 5},{'ab'[x % 2]}\n" for x in range(60))
     (folder / "rows.csv").write_text(f"u,v,label\n{rows}")
@@ -294,7 +294,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewritten(path: Path, change: Callable[[Any], Any]) -> None:
-    """Change a file of a run and write it back well-formed."""
+    """Changes a file of a run and writes it back in its format."""
     if path.suffix == ".safetensors":
         checkpoint.write(path, change(checkpoint.read(path)))
     elif path.suffix == ".jsonl":
@@ -382,7 +382,7 @@ def test_commands_say_what_is_wrong_with_a_configuration(command: str, text: str
         done = call(command, "run", cwd=finished, code=None)
     finally:
         path.write_bytes(before)
-    assert done.returncode == 2 or command == "report"  # which needs nothing of it
+    assert done.returncode == 2 or command == "report"  # a report does not read these files
 
 
 def test_serve_says_what_is_wrong_with_its_folder(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def variants(sweep: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 
 def test_all_combinations_of_what_each_algorithm_has() -> None:
-    """PSL has no phi: its entries differ in the rate alone, and each is there once."""
+    """PSL has no phi, so its entries differ only in the rate, and each occurs once."""
     found = variants({"phi": [0.25, 0.5], "client-lr": [0.1, 0.2]}, algorithms=["psl", "sglr"])
     assert list(found) == [
         "psl, client_lr 0.1",
@@ -60,7 +60,7 @@ def test_drawn_points_are_the_same_each_time_and_for_all() -> None:
     assert len(points) == 12
     rates = [p["client_lr"] for p in points]
     assert all(1e-3 <= rate <= 0.1 for rate in rates)
-    assert sum(rate < 1e-2 for rate in rates) >= 3  # a half of them by the logarithm, a tenth without
+    assert sum(rate < 1e-2 for rate in rates) >= 3  # half of all on the logarithmic scale, a tenth on the linear scale
     assert {type(p["local_epochs"]) for p in points} == {int}
     assert {p["batch"] for p in points} == {4, 8}
     found = variants({"how": "random", "draws": 3, "client_lr": sweep["client_lr"]}, algorithms=["psl", "sglr"])
@@ -101,7 +101,7 @@ def test_paths_do_not_become_folders(tmp_path: Path) -> None:
 
 
 def test_it_is_trained_stored_and_resumed_as_written_out(tmp_path: Path) -> None:
-    """Each point as the variant that says the same by hand."""
+    """Each point equals the same variant written by hand."""
     sweep = {"phi": [0.5, 1.0]}
     swept = Comparison(algorithms=["sglr"], seeds=[0], sweep=sweep, out=tmp_path / "a", **SMALL)
     hand = {f"phi {phi}": {"algorithm": "sglr", "phi": phi} for phi in sweep["phi"]}

@@ -1,4 +1,4 @@
-"""The public checks: this package's own things pass them, and broken ones are caught by each."""
+"""The public checks: all built-in things pass them, and each check catches broken ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from cutlayer.types import CutGradients, Round, Rows, Step
 from cutlayer.verbs import AVERAGE, BACKWARD, FORWARD
 from cutlayer.wire import Codec, codec
 
-# Options with which an algorithm does what it does not by default.
+# Options with which algorithms behave differently than by default.
 OTHERWISE: list[tuple[str, dict[str, Any]]] = [
     ("fl", {"local_steps": 1}),
     ("ssl", {"hand_over": "batch", "hand_over_optimizer": True, "visit_order": "random"}),
@@ -53,21 +53,21 @@ OTHERWISE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-# One client alone: its loss has adjusted scores, the server that answers has trained already, or is not asked.
+# With one client, these adjust scores, answer after the server has trained, or receive no gradients.
 NOT_SGD = {"scala", "gscala", "gas", "cyclepsl", "cyclesfl", "cyclesglr", "cse-fsl", "fsl-sage", "ampere"}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_algorithms(name: str) -> None:
-    """With every client's own gradient: else one client alone is not centralised gradient descent."""
-    # Models under test cannot train on the single rows that global sampling gives.
+    """One client is centralised gradient descent only if clients receive their own gradients."""
+    # The models of the check cannot train on the single rows of global sampling.
     own = {"sampling": "fixed"} if "sampling" in plugins.index("algorithm")[name].facts["presets"] else {}
     check_algorithm(name, one_client_is_sgd=name not in NOT_SGD, **own)
 
 
 @pytest.mark.parametrize(("name", "options"), OTHERWISE)
 def test_algorithms_with_options(name: str, options: dict[str, Any]) -> None:
-    # One gradient for all rows is not gradient descent.
+    # A gradient that is shared by all rows is not gradient descent.
     check_algorithm(name, one_client_is_sgd="average_over" not in options and name not in NOT_SGD, **options)
 
 
@@ -77,7 +77,7 @@ def test_a_configured_object() -> None:
 
 @pytest.mark.parametrize("name", ["union"])
 def test_engines(name: str) -> None:
-    """`check_algorithm` compares the others."""
+    """`check_algorithm` compares the other engines."""
     assert name in ENGINES
     check_engine(name)
 
@@ -127,7 +127,7 @@ def test_training_in_memory() -> None:
     assert run.result.engine == "remote"
 
 
-# What is broken
+# Broken things
 
 
 def psl(clients: Any, server: Server, scale: float = 1.0) -> Iterator[Step]:
@@ -140,7 +140,7 @@ def psl(clients: Any, server: Server, scale: float = 1.0) -> Iterator[Step]:
 
 @algorithm("undeclared", title="Undeclared", needs={FORWARD, BACKWARD})
 class Undeclared(Algorithm):
-    """Averages, and does not say so."""
+    """Averages without declaring it."""
 
     def round(self, server: Server, clients: Any, this: Round) -> Iterator[Step]:
         yield from psl(clients, server)
@@ -149,7 +149,7 @@ class Undeclared(Algorithm):
 
 @algorithm("idle", title="Idle", needs={FORWARD, BACKWARD, AVERAGE})
 class Idle(Algorithm):
-    """Says that it averages, and does not."""
+    """Declares that it averages, but does not."""
 
     def round(self, server: Server, clients: Any, this: Round) -> Iterator[Step]:
         yield from psl(clients, server)
@@ -157,7 +157,7 @@ class Idle(Algorithm):
 
 @algorithm("curious", title="Curious", needs={FORWARD, BACKWARD})
 class Curious(Algorithm):
-    """Looks at the clients' models past the seam."""
+    """Accesses the clients' models past the seam."""
 
     def round(self, server: Server, clients: Any, this: Round) -> Iterator[Step]:
         yield from psl(clients, server)
@@ -166,7 +166,7 @@ class Curious(Algorithm):
 
 @algorithm("remembering", title="Remembering", needs={FORWARD, BACKWARD})
 class Remembering(Algorithm):
-    """Its rate depends on the rounds that it has seen."""
+    """Its rate depends on the number of earlier rounds."""
 
     _rounds: int = PrivateAttr(0)
 
@@ -177,7 +177,7 @@ class Remembering(Algorithm):
 
 @algorithm("doubling", title="Doubling", needs={FORWARD, BACKWARD})
 class Doubling(Algorithm):
-    """Twice the gradient."""
+    """Sends twice the gradient."""
 
     def round(self, server: Server, clients: Any, this: Round) -> Iterator[Step]:
         yield from psl(clients, server, scale=2.0)
@@ -185,7 +185,7 @@ class Doubling(Algorithm):
 
 @algorithm("restless", title="Restless", needs={FORWARD, BACKWARD})
 class Restless(Algorithm):
-    """No two runs are the same."""
+    """Each run differs from the others."""
 
     runs: ClassVar[Iterator[int]] = count()
 
@@ -194,11 +194,11 @@ class Restless(Algorithm):
 
 
 class Bare(Algorithm):
-    """Is not registered."""
+    """Not registered."""
 
 
 class Planned(Psl):
-    """PSL that says something of its traffic."""
+    """PSL with a statement of its traffic."""
 
     def traffic(self, epoch: Epoch) -> Traffic:
         return self.said
@@ -208,21 +208,21 @@ class Planned(Psl):
 
 @algorithm("boasting", title="Boasting", needs={FORWARD, BACKWARD})
 class Boasting(Planned):
-    """Says that gradients do not come down."""
+    """States that gradients are not sent."""
 
     said = Traffic("steps", gradients=False)
 
 
 @algorithm("hiding", title="Hiding", needs={FORWARD, BACKWARD})
 class Hiding(Planned):
-    """Says that labels do not go up."""
+    """States that labels are not sent."""
 
     said = Traffic("steps", labels=False)
 
 
 @algorithm("slow", title="Slow", needs={FORWARD, BACKWARD})
 class Slow(Planned):
-    """Says that the server trains twice on every sample."""
+    """States that the server trains twice on every sample."""
 
     said = Traffic("steps", server_passes=2.0)
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_checked() -> None:
 
 @codec("shy")
 class Shy(Codec):
-    """Bfloat16 whose bound is too small."""
+    """bfloat16 with a bound that is too small."""
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         return 2 * int(np.prod(shape))
@@ -301,7 +301,7 @@ class Deaf(Shy):
 
 @codec("sociable")
 class Sociable(Codec):
-    """Says that its rows are written by themselves, and writes a single one otherwise."""
+    """Claims to write rows independently, but writes a single row differently."""
 
     def row_by_row(self, dimensions: int) -> bool:
         return True
@@ -329,7 +329,7 @@ def test_broken_codecs(broken: Any, words: str) -> None:
 
 
 class Wide(nn.Module):
-    """Gives a number too many."""
+    """Returns one number too many."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -361,7 +361,7 @@ def test_broken_models(broken: Any, more: dict[str, Any], words: str) -> None:
 
 @partition_scheme("forgetful", title="Forgetful", summary="leaves a row over")
 class Forgetful(Partition):
-    """Leaves a row over."""
+    """Leaves out one row."""
 
     def deal(self, labels: Any, order: Any, clients: int, seed: int, owners: Any) -> Any:
         return np.array_split(order[1:], clients)
@@ -369,7 +369,7 @@ class Forgetful(Partition):
 
 @partition_scheme("fickle", title="Fickle", summary="deals otherwise each time")
 class Fickle(Partition):
-    """Deals otherwise each time."""
+    """Deals differently each time."""
 
     turns: ClassVar[Iterator[int]] = count()
 
@@ -385,7 +385,7 @@ def test_broken_partitions(broken: Any, words: str) -> None:
 
 @defence("shared", title="Shared")
 class Shared(Defence):
-    """Draws from the first client's generator for all."""
+    """Uses the first client's generator for all clients."""
 
     def protect(self, rows: Rows, sizes: Sequence[int], draws: Sequence[torch.Generator]) -> Rows:
         return tuple(r + torch.rand(r.shape, generator=draws[0]).to(r) for r in rows)
@@ -393,7 +393,7 @@ class Shared(Defence):
 
 @defence("stopped", title="Stopped")
 class Stopped(Defence):
-    """Half of the rows, without the derivative of that."""
+    """Halves the rows, but not the gradient."""
 
     part: float = option(0.5)
 
@@ -408,7 +408,7 @@ def test_broken_defences(broken: Any, words: str) -> None:
 
 
 def test_what_is_derived_is_another_thing() -> None:
-    """It is not taken for what it is derived from, and has to be registered too."""
+    """A derived class is not confused with its base class and must be registered itself."""
 
     class Louder(Psl):
         volume: int = option(3)

@@ -1,4 +1,4 @@
-"""Foreign text reaches the terminal, logs and errors as text alone."""
+"""Text from others reaches the terminal, logs and errors only as plain text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_terminal_shows_foreign_text_as_it_is(shown: Any, capsys: pytest.Cap
     shown(plain(EVIL))
     captured = capsys.readouterr()
     assert SHOWN in captured.out + captured.err
-    shown(EVIL)  # even if the caller forgot it
+    shown(EVIL)  # also without escaping by the caller
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err
     assert "[bold]g[/] [/x]" in captured.out + captured.err
@@ -46,7 +46,7 @@ def test_errors_and_tables_show_foreign_text_as_it_is(capsys: pytest.CaptureFixt
     printing.print_table("[red]t[/x]", ["[red]c[/x]"], [["\x1b[2J[/x]"]])
     assert "\x1b" not in (said := capsys.readouterr().out)
     assert "[red]c[/x]" in said
-    printing.out.print("[/x]")  # markup is off in all output
+    printing.out.print("[/x]")  # markup is disabled in all output
     assert "[/x]" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Trained models: what a run predicts is what it was judged by, in the run, from its folder, and in other programs."""
+"""Trained models predict as evaluated: in the run, from its folder, and in other programs."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def trained_run(algorithm: str, out: Path | None = None, **options: Any) -> Run:
     [*((a, "auto") for a in ALGORITHMS), *((a, "local") for a in ("fl", "sfl", "sflv3", "sglr"))],
 )
 def test_a_model_predicts_as_it_was_judged(algorithm: str, engine: str, tmp_path: Path) -> None:
-    """Every client's whole model has the score of the last evaluation; that in the folder is the same."""
+    """Every client's whole model has the score of the last evaluation, in the run and from its folder."""
     run = trained_run(algorithm, tmp_path / "run", engine=engine)
     task, test = run.training.task, run.training.source.test
     scores = run.training.clients.evaluate(test, run.training.server.predict).each("accuracy")
@@ -41,7 +41,7 @@ def test_a_model_predicts_as_it_was_judged(algorithm: str, engine: str, tmp_path
         assert found.classes is not None
         assert (found.classes == test.y).double().mean().item() == score
         assert torch.equal(found.values, task.predictions(found.outputs))
-        held = run.training.clients.held()  # where all are judged by one model, some may be at work on their own
+        held = run.training.clients.held()  # if one model is evaluated for all, some clients may be at work on others
         whose = next(iter(held.models)) if held.everyones else client
         own = {n: t for n, t in whole(run, whose).items() if not n.startswith("auxiliary.")}
         assert difference(run.model(client).state_dict(), own) == 0
@@ -52,7 +52,7 @@ def test_a_model_predicts_as_it_was_judged(algorithm: str, engine: str, tmp_path
 
 @pytest.mark.parametrize("algorithm", ["psl", "sflv3", "fl", "ssl"])
 def test_the_average_of_the_clients(algorithm: str) -> None:
-    """Weighted by their samples; if there is one model, it is that model, and no client needs to be named."""
+    """The mean is weighted by samples. If all clients have one model, the mean is that model, and no name is needed."""
     run = trained_run(algorithm)
     names = run.trained().names
     assert names == [0, 1, 2, "average"]
@@ -88,7 +88,7 @@ def test_the_present_model_while_it_trains() -> None:
 
 
 def test_the_best_model_is_that_of_the_best_evaluation(tmp_path: Path) -> None:
-    """Rates that ruin the model after a good round: the best one is not the last."""
+    """Later rates ruin the model, so the best round is not the last."""
     data = cutlayer.from_arrays(*blobs(), test=0.2, validation=0.2)
     torch.manual_seed(0)
     made = Run(
@@ -143,7 +143,7 @@ def test_a_model_from_python_must_be_given_again(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of numbers and categories, and a run that was trained on it."""
+    """A table with numbers and categories, and a run that was trained on it."""
     folder = tmp_path_factory.mktemp("table")
     rng = np.random.default_rng(1)
     size, colour = rng.normal(170, 10, 240), rng.choice(["blue", "red"], 240)
@@ -158,7 +158,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_predicting_from_a_table(table: Path) -> None:
-    """Columns are found by name, in any order; the numbers are those of the model on converted rows."""
+    """Columns are found by name in any order. The numbers are those of the model for the same rows."""
     done = call("predict", "run", "new.csv", cwd=table)
     assert "ignored the column 'number', which the model does not use" in done.stderr
     assert "Weights: the model of all clients, last evaluation, after round 4" in done.stderr
@@ -167,7 +167,7 @@ def test_predicting_from_a_table(table: Path) -> None:
     assert len(rows) == 240
     truth = [line.rsplit(",", 1)[1] for line in (table / "people.csv").read_text().splitlines()[1:]]
     right = np.mean([row[1] == name for row, name in zip(rows, truth, strict=True)])
-    assert right > 0.8  # the model has learnt it, so columns that were swapped would show
+    assert right > 0.8  # the model has learnt, so swapped columns would be noticed
 
     run = Run.resume(table / "run")
     found = run.predict({"size": ["150", "190"], "colour": ["red", "red"]})
@@ -197,7 +197,7 @@ def test_predicting_to_a_file(table: Path) -> None:
 
 
 def test_exporting_weights(table: Path) -> None:
-    """Named weights that the model's own class takes, with all that has to be known beside them."""
+    """Weights with the names of the model's own class, and all information that is needed to use them."""
     lines = call("export", "run", "--best", "--out", "out/model.safetensors", cwd=table).stdout.splitlines()
     assert lines[:2] == ["out/model.safetensors", "out/model.safetensors.json"]
     about = json.loads((table / "out/model.safetensors.json").read_text())
@@ -211,7 +211,7 @@ def test_exporting_weights(table: Path) -> None:
 
 
 def test_exporting_programs(table: Path) -> None:
-    """A program gives what the model gives, for any number of rows."""
+    """A program returns the model's results for any number of rows."""
     call("export", "run", "--out", "model.pt2", cwd=table)
     program = torch.export.load(table / "model.pt2").module()
     rows = torch.randn(7, 3)
@@ -221,7 +221,7 @@ def test_exporting_programs(table: Path) -> None:
 
 
 def test_an_onnx_file_gives_what_the_model_gives(table: Path) -> None:
-    """Another runtime reads it, for any number of rows; how rows were prepared and classes are called goes with it."""
+    """Another runtime gives the same for any number of rows. The file also stores preprocessing and class names."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     call("export", "run", "--out", "model.onnx", cwd=table)
     about = {p.key: p.value for p in onnx.load(table / "model.onnx").metadata_props}["cutlayer"]
@@ -250,7 +250,7 @@ def test_exporting_everyone(tmp_path: Path) -> None:
 
 
 class Moody(nn.Module):
-    """Does something else by the numbers that it sees, which no program can hold."""
+    """Depends on the values of its input, which no program can represent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ def test_predictions_of_other_tasks(tmp_path: Path) -> None:
 
 
 class Tied(nn.Module):
-    """Its first and its last layer share a weight, which a cut between them may untie."""
+    """The first and the last layer share a weight, which a cut between them may untie."""
 
     def __init__(self) -> None:
         super().__init__()

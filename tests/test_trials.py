@@ -1,4 +1,4 @@
-"""A comparison that tunes: trials without test rows, the same effort for all, nothing trained twice."""
+"""A comparison that tunes: trials without test rows, equal effort for all methods, nothing trained twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scores(comparison: Comparison) -> list[tuple[str, float | None]]:
 
 
 def left(told: Iterator[Progress], out: Path) -> dict[Path, bytes]:
-    """What is in the trials' records when the comparison is left in the middle of a leg of the second rung."""
+    """Stops the comparison in the middle of a trial of the second rung. Returns the trials' records at that time."""
     legs = 0
     for news in told:
         legs = max(legs, sum(path.read_text().count('"score"') for path in out.glob("tuning/*/*/trial.json")))
@@ -57,7 +57,7 @@ def left(told: Iterator[Progress], out: Path) -> dict[Path, bytes]:
 
 @dataclass(frozen=True)
 class Done:
-    """A comparison that was left while it tuned, and resumed; the records of then, and what it has told since."""
+    """A comparison that was stopped while it tuned, and resumed, with its records at the stop and later progress."""
 
     comparison: Comparison
     out: Path
@@ -72,7 +72,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Done:
     again = Comparison.resume(out)
     assert len(again.waiting_trials) == 4
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CutlayerWarning)  # the edge
+        warnings.simplefilter("ignore", CutlayerWarning)  # the best value is at the edge
         return Done(again, out, before, list(again.progress()))
 
 
@@ -82,7 +82,7 @@ def test_every_method_has_the_same_effort(tuned: Done) -> None:
     assert tuned.comparison.waiting_trials == []
     assert (found.trials, found.seed, found.metric, found.test_seed) == (2, 1, "accuracy", 1)
     for entry, each in found.entries.items():
-        assert sorted(trial.rounds for trial in each.trials) == [2, 4]  # both for half of the rounds, one to the end
+        assert sorted(trial.rounds for trial in each.trials) == [2, 4]  # half of the rounds, and all of them
         assert math.isclose(each.epochs, 6)
         assert each.samples == 6 * 48
         assert each.trials[each.chosen].rounds == 4
@@ -90,19 +90,17 @@ def test_every_method_has_the_same_effort(tuned: Done) -> None:
         assert rates == {each.values["client_lr"], stored_config(tuned.out / entry / "seed-0")["client_lr"]}
     assert "phi" in found.entries["sglr"].values
     assert "phi" not in found.entries["psl"].values
-    assert not list(tuned.out.glob("tuning/*/*/*.safetensors"))  # what is over needs no model
+    assert not list(tuned.out.glob("tuning/*/*/*.safetensors"))  # finished trials keep no models
 
 
 def test_nothing_is_trained_twice(tuned: Done) -> None:
-    """What was recorded before is still there, and every step was taken once; of the trial that was left, those after
-    its checkpoint.
-    """
+    """Earlier records remain, and every step is recorded once. The stopped trial repeats steps after its checkpoint."""
     longer = 0
     for path, content in tuned.before.items():
         kept = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["step"] for line in kept] == list(range(len(kept)))
         was = [json.loads(line) for line in content.decode().splitlines()]
-        common = [line for line in was if line["round"] < 2]  # before the checkpoint of the one that was left
+        common = [line for line in was if line["round"] < 2]  # before the checkpoint of the stopped trial
         assert kept[: len(common)] == common
         longer += len(kept) > len(was)
     ended = [p.name for p in tuned.told if p.ended]
@@ -125,7 +123,7 @@ def test_in_memory_and_uninterrupted_it_comes_to_the_same(tuned: Done) -> None:
     assert comparison.effort is not None
     best = comparison.tuned.entries["sglr"]
     run = Run(comparison.effort.run("sglr", best.values))
-    run.run()  # a trial that goes on rung by rung is the same run
+    run.run()  # a trial continued from rung to rung equals one run
     assert run.evaluations[-1].validation_score == best.trials[best.chosen].score
 
 
@@ -134,7 +132,7 @@ def test_no_trial_sees_a_test_row(tuned: Done) -> None:
     trial = load_source(tuned.comparison.effort.run("psl", {"client_lr": 0.01}), None)
     run = load_source(tuned.comparison.plan["psl"][0], None)
     assert torch.equal(run.test.rows[0], trial.test.rows[0])
-    assert not torch.equal(run.train.rows[0], trial.train.rows[0])  # the rest is each seed's own
+    assert not torch.equal(run.train.rows[0], trial.train.rows[0])  # training rows differ between seeds
     for path in tuned.out.glob("tuning/*/*/evaluations.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
             assert line["test"] == line["validation"]
@@ -239,7 +237,7 @@ def test_what_cannot_be_tuned(tmp_path: Path) -> None:
     with pytest.raises(CutError, match=r"unknown module 'hidden9'"):
         Comparison(**options, tuning={"cut": ["hidden1", "hidden9"]}).check()
     needed = {"algorithms": ["psl"], "seeds": [0], "screening": "length_bound", "tuning": {"row_limit": [5.0, 9.0]}}
-    Comparison(**SMALL, **needed).check()  # the screening needs a limit, which the trials have
+    Comparison(**SMALL, **needed).check()  # the screening needs a limit, which the trials set
     out = tmp_path / "a"
     comparison = Comparison(**options, tuning={"client_lr": [0.01, 0.02]}, out=out)
     told = comparison.progress()

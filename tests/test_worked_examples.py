@@ -1,4 +1,4 @@
-"""The worked examples run as they stand, in their order, and print what their page shows."""
+"""The worked examples run unchanged, in order, and print what their page shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs" / "worked-examples.md").read_text(encoding="utf-8")
 
 @pytest.mark.long
 def test_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the deployment, whose processes are in tests/network."""
+    """All except the deployment, whose processes are tested in tests/network."""
     monkeypatch.chdir(tmp_path)
     commands = 0
     for block in blocks(PAGE):

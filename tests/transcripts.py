@@ -1,4 +1,4 @@
-"""Transcripts on pages of the documentation: files, and commands with what they print."""
+"""Transcripts on pages of the documentation: files, and commands with their output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class Block(NamedTuple):
-    """A block of code on a page: its language, what stands behind that, and its text."""
+    """A code block on a page: its language, the words after the language, and its text."""
 
     language: str
     purpose: str
@@ -18,14 +18,14 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> Iterator[tuple[str, str]]:
-        """The commands of a console, each with what it prints."""
+        """The commands of a console block with their outputs."""
         for part in re.split(r"^\$ ", self.text, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")
             yield command, shown
 
 
 def blocks(page: str) -> list[Block]:
-    """The blocks of a page in their order."""
+    """The code blocks of a page, in order."""
     return [Block(*found) for found in re.findall(r"^```(\w+) ?([^\n]*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
 
 
@@ -34,11 +34,11 @@ TIMES = {
     r"\d[\d.]* (?:ms|s|min)\b(?: \d+ s)?": "DURATION",
     r"[\d.]+ (steps|samples)/s": r"RATE of \1",
 }
-UNSAID = re.compile(r"\.(?:png|html)$| (?:INFO|WARNING) |\(tune\)$")  # pictures, the log, what depends on a cache
+UNSAID = re.compile(r"\.(?:png|html)$| (?:INFO|WARNING) |\(tune\)$")  # pictures, the log, lines that depend on a cache
 
 
 def plain(printed: str) -> str:
-    """What was printed as one line, without pictures and logs; all times and rates are alike."""
+    """Printed output as one line without pictures and logs, with equal placeholders for times and rates."""
     text = " ".join(" ".join(line for line in printed.splitlines() if not UNSAID.search(line)).split())
     for pattern, word in TIMES.items():
         text = re.sub(pattern, word, text)
@@ -46,7 +46,7 @@ def plain(printed: str) -> str:
 
 
 def agree(shown: str, printed: str) -> None:
-    """What a page shows is what is printed: the same words, and numbers that differ by no more than machines do."""
+    """Checks that a page shows the printed words, and numbers within the differences between machines."""
     number = re.compile(r"([-+]?\b\d+(?:\.\d+)?\b)")
     wanted, found = number.split(plain(shown)), number.split(plain(printed))
     assert found[::2] == wanted[::2]
