@@ -72,6 +72,7 @@ from cutlayer.frozen import freeze, load_moving, moving, replica, trains
 from cutlayer.held_out import Pace, own_rows, paced, trained_rows
 from cutlayer.models import Parts, build, cut
 from cutlayer.models import make as make_own
+from cutlayer.models.auxiliary import AuxiliaryHead
 from cutlayer.models.blocks import places
 from cutlayer.models.depths import Depths, cut_each, one_depth
 from cutlayer.models.halved import single
@@ -1075,6 +1076,8 @@ def _heads(
                 head = algorithm.head(smashed, classes)
             if not isinstance(head, nn.Module):
                 raise ConfigError(f"{what} gives {type(head).__name__}: return a torch.nn.Module of the smashed data")
+            with own_code(head, what):
+                head = AuxiliaryHead(head, smashed)
             head = typed(head, config).to(device)
         return head.requires_grad_(False) if algorithm.traits.heads_come_down else head
 

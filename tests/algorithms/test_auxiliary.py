@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from cutlayer import ConfigError, seeds
 from cutlayer.algorithms.fslsage import FslSage
-from cutlayer.models.auxiliary import PooledHead
+from cutlayer.models.auxiliary import AuxiliaryHead, PooledHead
 from cutlayer.optim import make_optimizer
 from cutlayer.remote.worker import _SERVED
 from cutlayer.server import Server
@@ -24,21 +24,22 @@ from cutlayer.wire import messages as m
 
 TIGHT = 1e-14
 NAMES = ("cse-fsl", "fsl-sage", "ampere")
-HEADS = '''
+HEADS = """
 import torch
 from support import make, mlp
 from torch import nn
 
-class Upper(nn.Module):
-    """The server's part as it is in the beginning."""
-    def __init__(self):
-        super().__init__()
-        self.part = make(mlp)[3:]
-    def forward(self, rows):
-        return self.part(rows[0])
-
 def upper(smashed, classes):
-    return Upper()
+    return make(mlp)[3:]  # the server's part as it is in the beginning
+
+def lazy(smashed, classes):
+    return nn.Sequential(nn.ReLU(), nn.LazyLinear(classes))
+
+def lazily_unfit(smashed, classes):
+    return nn.Sequential(nn.Flatten(3), nn.LazyLinear(classes))
+
+def wrong(smashed, classes):
+    return nn.Linear(smashed.width, classes)
 
 def text(smashed, classes):
     return "a head"
@@ -46,23 +47,16 @@ def text(smashed, classes):
 def unfit(smashed, classes):
     return nn.Linear(5, classes)
 
-class Narrow(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.linear = nn.Linear(8, width)
-    def forward(self, rows):
-        return self.linear(rows[0])
-
 def narrow(smashed, classes):
-    return Narrow(classes - 1)
+    return nn.Linear(8, classes - 1)
 
 class Empty(nn.Module):
-    def forward(self, rows):
-        return rows[0][:, :4]
+    def forward(self, smashed):
+        return smashed[:, :4]
 
 def empty(smashed, classes):
     return Empty()
-'''
+"""
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ def test_one_client_with_the_server_as_its_head_is_split_learning(heads: Path) -
     split = train("ssl", make(mlp), [10], (6,), cut="2")
     assert difference(lower(client_state(own)), client_state(split)) < TIGHT
     assert difference(server_state(own), server_state(split)) < TIGHT
-    heads_last = client_state(own)["auxiliary.part.4.weight"]
+    heads_last = client_state(own)["auxiliary.head.4.weight"]
     assert difference({"w": heads_last}, {"w": server_state(own)["4.weight"]}) < TIGHT
 
 
@@ -144,7 +138,7 @@ def test_an_aligned_head_stays_as_it_is(scale: str) -> None:
 def test_a_fitted_head_estimates_better() -> None:
     sage, _, rows, labels, gradients = uploads(200, "row")
     torch.manual_seed(1)
-    head = PooledHead(rows, 4).double()
+    head = AuxiliaryHead(PooledHead(rows, 4), rows).double()
 
     def error() -> float:
         return (sage.estimate(head, Classification(), rows, labels)[0] - gradients[0]).square().mean().item()
@@ -246,7 +240,7 @@ def test_fitted_heads_are_each_clients_own_and_go_down_in_their_rounds(engine: s
     assert run.training.ledger.of_clients("down", "heads").tolist() == [3 * head, 3 * head]
     kept = run.training.server.kept
     assert all(torch.equal(kept[f"{k} head {n}"], s[f"auxiliary.{n}"]) for k, s in ((0, a), (1, b)) for n in
-               ("linear.weight", "linear.bias"))  # fmt: skip
+               ("head.linear.weight", "head.linear.bias"))  # fmt: skip
 
 
 def test_the_server_keeps_the_last_rows() -> None:
@@ -257,12 +251,21 @@ def test_the_server_keeps_the_last_rows() -> None:
 
 
 BAD = [
+    ("wrong", r"the auxiliary head '.*heads.py:wrong' failed at .*AttributeError: .*'width'\): correct its code"),
+    ("lazily_unfit", "failed .*: correct its code"),
     ("text", "gives str: return a torch.nn.Module"),
-    ("unfit", r"does not take smashed data of shape \(8,\) \(TypeError.*cut elsewhere"),
+    ("unfit", r"does not take smashed data of shape \(8,\) \(RuntimeError.*cut elsewhere"),
     ("narrow", r"gives \(3, 3\) for smashed data of shape \(8,\), but the model \(3, 4\): make one"),
     ("empty", "has no parameters, so it cannot learn"),
     ("missing", "'missing'"),
 ]
+
+
+@pytest.mark.parametrize("engine", ["local", "stacked"])
+def test_a_head_with_lazy_layers(engine: str, heads: Path) -> None:
+    options: dict[str, Any] = {"cut": "2", "engine": engine, "aux": f"{heads}:lazy", "upload_every": 1}
+    run = train("cse-fsl", make(mlp), [8, 8], (6,), **options)
+    assert client_state(run)["auxiliary.head.1.weight"].shape == (4, 8)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -87,18 +87,7 @@ class Known(LocalLoss):
     """Its head is a copy of the server's part."""
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
-        server = copy.deepcopy(make(mlp)[3:])
-
-        class Head(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.part = server
-
-            def forward(self, rows: Rows) -> Tensor:
-                scores: Tensor = self.part(rows[0])
-                return scores
-
-        return Head()
+        return copy.deepcopy(make(mlp)[3:])
 
 
 def test_a_head_that_is_the_server_makes_a_local_loss_split_learning() -> None:
@@ -254,8 +243,8 @@ def test_a_false_statement_about_averaging_is_an_error() -> None:
 
 def test_a_pooled_head_takes_whatever_crosses() -> None:
     images, features = torch.randn(3, 5, 4, 4), torch.randn(3, 7)
-    assert PooledHead((images,), 4)((images,)).shape == (3, 4)
-    assert PooledHead((torch.ones(3, 2, dtype=torch.long), features), 4)((images, features)).shape == (3, 4)
+    assert PooledHead((images,), 4)(images).shape == (3, 4)
+    assert PooledHead((torch.ones(3, 2, dtype=torch.long), features), 4)(images, features).shape == (3, 4)
 
 
 def test_a_penalty_needs_the_servers_gradient() -> None:

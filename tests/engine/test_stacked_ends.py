@@ -34,8 +34,8 @@ class DrawingHead(nn.Module):
         width = smashed[0].shape[1]
         self.layers = nn.Sequential(nn.BatchNorm1d(width, eps=0.1), nn.Dropout(0.3), nn.Linear(width, classes))
 
-    def forward(self, rows: Rows) -> Tensor:
-        scores: Tensor = self.layers(rows[0])
+    def forward(self, smashed: Tensor) -> Tensor:
+        scores: Tensor = self.layers(smashed)
         return scores
 
 

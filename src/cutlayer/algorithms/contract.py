@@ -41,8 +41,9 @@ class Algorithm(Thing):
         raise ConfigError(f"{type(self).__name__} has no round(): write the generator that trains one round")
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
-        """The auxiliary head of an algorithm that needs LEARN: a module that takes smashed data, each [n, s...], and
-        gives scores [R, K]. `smashed` are examples. By default, it is global average pooling and one linear layer.
+        """The auxiliary head of an algorithm that needs LEARN: a module that returns scores [R, K]. It is called with
+        the tensors that cross, each [R, s...], one after another. `smashed` are examples of these tensors, each [n,
+        s...]. The default is global average pooling and one linear layer.
         """
         from cutlayer.models.auxiliary import PooledHead
 

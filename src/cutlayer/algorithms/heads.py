@@ -13,6 +13,7 @@ from cutlayer import plugins, seeds
 from cutlayer.algorithms.common import LocalWork, report
 from cutlayer.algorithms.contract import Algorithm
 from cutlayer.cohort import Cohort
+from cutlayer.data.own import own_code
 from cutlayer.plugins import option
 from cutlayer.server import Server, ServerStep
 from cutlayer.types import Round, Rows, Smashed, Step
@@ -22,14 +23,17 @@ class WithHead(Algorithm):
     """Algorithms whose clients have auxiliary heads."""
 
     aux: str | None = option(None, shared=False)
-    """The auxiliary head: path/to/file.py:make, a function of example smashed data and the number of classes that
-    returns a module. Default: global average pooling and one linear layer."""
+    """The auxiliary head: path/to/file.py:make, a function of examples of the smashed data (a tuple of tensors) and the
+    number of classes. It returns a module that is called with these tensors, one after another. Default: global average
+    pooling and one linear layer."""
 
     def head(self, smashed: Rows, classes: int) -> nn.Module:
         """As the option says."""
         if self.aux is None:
             return super().head(smashed, classes)
-        made: nn.Module = plugins.load("head", self.aux)(smashed, classes)
+        make = plugins.load("head", self.aux)
+        with own_code(make, f"the auxiliary head {self.aux!r}"):
+            made: nn.Module = make(smashed, classes)
         return made
 
 

@@ -51,6 +51,7 @@ from cutlayer.costs.measure import (
 from cutlayer.data.own import own_code
 from cutlayer.errors import ConfigError
 from cutlayer.frozen import freeze
+from cutlayer.models.auxiliary import AuxiliaryHead
 from cutlayer.models.blocks import named_block
 from cutlayer.models.recomputed import Sides, check_blocks, none_whole
 from cutlayer.options import PlanConfig, RunConfig, default_cut
@@ -705,7 +706,7 @@ def work_of(algorithm: Algorithm, m: Measured, config: PlanConfig) -> Workload:
         return work
     with own_code(algorithm, f"`head` of the algorithm {algorithm.entry.name!r}"), torch.device("meta"):
         smashed = tuple(torch.zeros(2, *c.shape, dtype=c.dtype) for c in m.crossing)
-        head = algorithm.head(smashed, _width(config))
+        head = AuxiliaryHead(algorithm.head(smashed, _width(config)), smashed)
         flops = count_head(head.requires_grad_(not algorithm.traits.heads_come_down), smashed)
     tensors = placed(head, getattr(torch, config.precision)).state_dict().values()
     return replace(work, head=sum(t.nbytes for t in tensors), flops=replace(work.flops, head=flops))

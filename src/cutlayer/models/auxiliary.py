@@ -1,11 +1,36 @@
-"""Auxiliary heads, with which a client part trains on its own loss, without the server's gradients."""
+"""Auxiliary heads, with which a client part trains on its own loss, without the server's gradients.
+
+Shape legend: R rows; s... the shape of a row, K scores.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cutlayer.models.prepared import has_lazy_layers
 from cutlayer.types import Rows
+
+
+class AuxiliaryHead(nn.Module):
+    """A head in the place of a model's last part, which is called with a tuple of tensors."""
+
+    def __init__(self, head: nn.Module, smashed: Rows) -> None:
+        """`head` is called with the tensors that cross, one after another. `smashed` are examples of them, each [n,
+        s...], with which lazy layers are initialised.
+        """
+        super().__init__()
+        self.head = head
+        if has_lazy_layers(head):
+            like = next(head.parameters())
+            with torch.no_grad():
+                head(*(r.to(like.device, like.dtype if r.is_floating_point() else r.dtype) for r in smashed))
+
+    def forward(self, smashed: Rows) -> Any:
+        """Smashed data, each [R, s...], to scores [R, K]."""
+        return self.head(*smashed)
 
 
 class PooledHead(nn.Module):
@@ -22,9 +47,9 @@ class PooledHead(nn.Module):
         example = smashed[self.at]
         self.linear = nn.Linear(example.shape[1] if example.dim() > 1 else 1, classes)
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, *smashed: Tensor) -> Tensor:
         """Smashed data, each [R, s...], to scores [R, K]."""
-        features = rows[self.at]
+        features = smashed[self.at]
         if features.dim() == 1:
             features = features[:, None]
         if features.dim() > 2:

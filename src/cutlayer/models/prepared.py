@@ -38,7 +38,7 @@ def prepared(model: nn.Module, names: Sequence[str], x: Arguments) -> tuple[nn.M
         if _is_compiled(module):
             vars(module).pop("forward", None)
             module.__class__ = _Uncompiled
-    if any(_is_lazy(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())):
+    if has_lazy_layers(model):
         _initialise(model, x)
     return model, tuple(names)
 
@@ -72,8 +72,10 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" and _WRAPPED in module._modules
 
 
-def _is_lazy(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+def has_lazy_layers(model: nn.Module) -> bool:
+    """Whether layers of the model get their shapes in the first forward pass."""
+    tensors = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+    return any(isinstance(t, (UninitializedParameter, UninitializedBuffer)) for t in tensors)
 
 
 def _copied(model: nn.Module) -> nn.Module:
