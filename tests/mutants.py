@@ -1,19 +1,19 @@
-"""What the tests would notice: small slips are put into copies of the code, one at a time, and its tests run on each.
+"""Mutation testing: small errors are put into copies of the code, one at a time, and tests run on each copy.
 
     python tests/mutants.py [--only NAME...] [--area AREA...] [--jobs N] [--out FILE] [--hints FILE] [--check]
 
-A mutant is a snippet of the code and what it is replaced by. The snippet is looked for in all of src/cutlayer and must
-occur once, however its lines are broken, so that code may move from file to file; where `after` is given, that text
-occurs once and the first snippet behind it is meant. A mutant that is not found is to be written anew. Nothing is
-changed in the working tree: the tests run on a copy of src.
+A mutant replaces a snippet of the code. The snippet must occur exactly once in src/cutlayer. Line breaks do not matter,
+and code may move between files. If `after` is given, that text must occur once, and the first snippet behind it is
+replaced. A mutant whose snippet is not found must be rewritten. The working tree does not change: tests run on a copy
+of src.
 
-An area's tests are those whose path under tests/ fits one of its patterns, in their order, until the first failure;
-those that start processes and servers, those of large models, and those marked slow are left out, unless the area gives
-their path in full. All must pass once without a mutant first.
+The tests of an area are those whose path under tests/ fits one of its patterns, in the order of the patterns, until the
+first failure. Tests that start processes or servers, tests of large models and tests marked slow are left out, unless
+the area gives their full path. First, all tests must pass without a mutant.
 
-With --out, results are added to FILE as JSON lines as they come, and a mutant that has one there is not run again:
-begin with another file after a change. With --hints, the results of an earlier run, the test that noticed a mutant then
-is tried first, which is enough for most of them. --check runs no tests: it looks whether every mutant is found and compiles.
+--out appends results to FILE as JSON lines. A mutant with a result in FILE is not run again, so use another file after
+a change. --hints reads the results of an earlier run and first tries the test that noticed a mutant then, which is
+enough for most mutants. --check runs no tests and only checks that every mutant can be applied and compiles.
 """
 
 # ruff: noqa: E501 (a mutant is a line)
@@ -41,16 +41,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 PACKAGE = ROOT / "src" / "cutlayer"
 
-# Of files' names. Hostile clients are a program, the command line's tests take a minute.
+# Patterns of file names. Hostile clients are a program, and the tests of the command line take a minute.
 LEFT_OUT = (
     "*network*", "*signals*", "*namespaces*", "*chaos*", "*deployment*", "*flower*", "*readme*", "*test_fuzz*",
     "*reproduce*", "*over_grpc*", "*test_cli.py", "*transport*",
 )  # fmt: skip
 
-# Of tests' names: large models take long, and small ones are tested in the same way.
+# A selection by test names. Large models take long, and small ones are tested in the same way.
 KEYWORDS = "not resnet and not alexnet"
 
-# Of paths under tests/: the quick ones, and those that know the area best, come first.
+# Patterns of paths under tests/. Fast tests, and those closest to the area, come first.
 AREAS: dict[str, Sequence[str]] = {
     "algorithms": ("*sglr*", "*golden*", "*test_seam*", "*identit*", "*options*", "*test_costs*"),
     "server": ("*seam_operations*", "*golden*", "*test_seam*", "*options*", "*identit*", "*engines*", "*stacked*"),
@@ -157,7 +157,7 @@ AREAS: dict[str, Sequence[str]] = {
 
 
 class Mutant(NamedTuple):
-    """A slip: `snippet`, which occurs once (or is the first behind `after`, which does), becomes `replacement`."""
+    """An error: `snippet` becomes `replacement`. It occurs once, or is the first one behind `after`."""
 
     name: str
     area: str
@@ -221,7 +221,7 @@ MUTANTS = [
     M("all files are a run's", "overwriting", "elif not _DERIVED.fullmatch(name):", "elif False:"),
     M("every config.toml is a run's", "overwriting", 'if not comparison and "algorithm" not in stored:', "if not stored:"),
     M("the folder is emptied too early", "overwriting", "world().first(lambda: refuse_used(where, overwrite=overwrite))", "world().first(lambda: Folder.create(where, {}, overwrite=overwrite).close())"),
-    # What notebooks and logs show
+    # Output in notebooks and logs
     M("a longer line shows through", "shown", "{text:<{self._length}}", "{text}"),
     M("a log has every step", "shown", "keep=standing.evaluations > told", "keep=True"),
     M("the cause is not shown", "shown", "if self.__cause__ is not None:", "if False:"),
@@ -422,7 +422,7 @@ MUTANTS = [
     M("embeddings of the neighbour", "lowering", "torch.arange(mode.clients, device=input.device) * weight.shape[1]", "torch.arange(mode.clients, device=input.device) * (weight.shape[1] - 1)"),
     M("padding is trained", "lowering", "torch.where(padding, found.detach(), found)", "found"),
     M("embedding's special gradients ignored", "lowering", "if max_norm is not None or scale_grad_by_freq or sparse:", "if max_norm is not None or sparse:"),
-    # Operations as vmap takes them
+    # Operations for vmap
     M("mapped dropout without its scale", "mapping", "mode.mask(input, input.shape, p) / (1 - p)", "mode.mask(input, input.shape, p)"),
     M("mapped dropout within a channel", "mapping", "mode.mask(input, size, p) / (1 - p)", "mode.mask(input, input.shape, p) / (1 - p)"),
     M("one generator's masks for all", "mapping", "generator = make()", "generator = generators[0]()"),
@@ -601,7 +601,7 @@ MUTANTS = [
     M("server without a schedule of its own", "schedules", "config.server_lr_schedule or config.lr_schedule", "config.lr_schedule"),
     M("server without a rate of its own", "schedules", "lr, copies = config.server_lr or config.client_lr,", "lr, copies = config.client_lr,"),
     M("reported rate without the schedule", "schedules", "c.client_lr * client_factor", "c.client_lr"),
-    # What comes before an optimiser's step
+    # Before the step of an optimiser
     M("warm-up a round early", "training", "(progress * self.rounds + 1) / (rising + 1)", "(progress * self.rounds + 1) / rising"),
     M("no schedule after the warm-up", "training", "(progress - self.warmup) / (1 - self.warmup)", "progress"),
     M("sums for means", "training", "p.grad.div_(self._waiting)", "pass"),
@@ -614,7 +614,7 @@ MUTANTS = [
     M("groups at the base rate, stepped by hand", "training", 'rate, decay = lr * group.get("lr_factor", 1.0),', "rate, decay = lr,"),
     M("own optimisers stacked unproved", "training", "if why := unlike_alone(make):", "if False:"),
     M("union with clipping", "training", "if make.clip is not None or", "if False or"),
-    # What is frozen
+    # Frozen parameters
     M("frozen parameters are averaged", "frozen", "load_moving(target, average([moving(m) for m in models], weights, rule, origin))", "target.load_state_dict(average([m.state_dict() for m in models], weights, rule, origin))"),
     M("frozen parameters weigh something", "frozen", "t.nbytes for t in moving(module).values()", "t.nbytes for t in module.state_dict().values()"),
     M("a frozen tensor for each client", "frozen", "(*replica(nn.ModuleList(ends)), None)", "(*copy.deepcopy(nn.ModuleList(ends)), None)"),
@@ -634,7 +634,7 @@ MUTANTS = [
     M("kept rows without dropout's check", "features", 'if drew:\n        return "the', 'if False:\n        return "the'),
     M("kept rows are not resumed", "features", "self.computed, self._width = found.computed, found.width", "self._kept = {}\n        self.computed, self._width = found.computed, found.width"),
     M("remote clients do not seek", "features", "self._batches.drawn[0] = message.batch", "pass"),
-    # What algorithms may ask of the server and the clients besides
+    # Other operations that algorithms may use
     M("U-shaped clients count alike", "server", "[mass / (sum(masses) or 1) for mass in masses]", "[1 / len(masses) for mass in masses]"),
     M("U-shaped clients' gradients unweighted", "server", "if len(share) > 1:", "if False:"),
     M("gradients alone take a step", "server", "self._through(smashed, loss, None, evaluating=running_statistics)", "self._through(smashed, loss, 1.0, evaluating=running_statistics)"),
@@ -645,7 +645,7 @@ MUTANTS = [
     M("pending batch forwarded anew", "local", "if not client.smashed:", "if True:", "def _learn_one("),
     M("pending batch left alone", "local", "(client.smashed or self._quota[client.name] > 0)", "self._quota[client.name] > 0"),
     M("a batch that was sent goes forward again", "clock", "drawn - waiting", "drawn"),
-    # Tasks: what a row's loss is, and what it counts
+    # Tasks: losses and weights of rows
     M("class weights not divided out", "tasks", "return weighted / torch.where(counts > 0, counts, torch.ones_like(counts))", "return weighted"),
     M("ignored classes count", "tasks", "else targets != self.ignore_index", "else torch.ones_like(targets, dtype=torch.bool)"),
     M("weights of classes forgotten", "tasks", "return torch.where(counting, each[", "return torch.where(counting, torch.ones_like(each)["),
@@ -678,7 +678,7 @@ MUTANTS = [
     M("evaluated loss by rows", "tasks", "self._mass += len(targets) if weights is None else weights.double().sum().item()", "self._mass += len(targets)"),
     M("rows of the union unweighted", "tasks", "values * weights.to(values) / masses", "values / masses"),
     M("union's shares of rows", "tasks", "for mass in masses_of(weights, sizes)], sizes).to(values)", "for mass in sizes], sizes).to(values)"),
-    # What clients on other machines say of it
+    # What remote clients report
     M("refusals are not counted", "client", "self.answers.refused(frame)", "pass"),
     M("rows sent are not counted", "client", "self.rows += said.rows if", "self.rows += 0 if"),
     M("no limit is a limit of nothing", "client", "if most is not None:\n                    allowed.add_metric((client.name, item), most)", "allowed.add_metric((client.name, item), most or 0)"),
@@ -801,7 +801,7 @@ MUTANTS = [
     M("models leave the worker unasked", "worker", "m.GiveModel: _Served(Worker._give_model, frozenset({AVERAGE, HAND_OVER}))", "m.GiveModel: _Served(Worker._give_model)"),
     M("local training twice for a lost answer", "worker", "if self._fitted is None or not self._done(message.step):", "if True:", "def _learn(self, message: m.Learn"),
     M("a steering server shares gradients", "algorithms", 'self.model_copy(update={"phi": 0.0})', "self"),
-    # What algorithms say of their traffic
+    # Traffic as stated by algorithms
     M("nobody shares in the plan", "traffic", "sharing=self._active_of(epoch.clients)", "sharing=0"),
     M("SFL averages nothing in the plan", "traffic", "averaged=epoch.client_model", "averaged=0", "class Sfl("),
     M("the relay carries nothing in the plan", "traffic", "moved=epoch.client_model", "moved=0", "class Ssl("),
@@ -843,14 +843,14 @@ MUTANTS = [
     M("a clock taken up again begins anew", "descent", 'int(state["step"]) if', "1 if"),
     M("tensors stay as they lie", "descent", "return torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)", "return tensor"),
     M("a stack's moments stay as they lie", "checkpoint", "laid_as(t.to(self.device, copy=True), self._parameters[name])", "t.to(self.device, copy=True)"),
-    # Forms of a convolution, and copies each by itself
+    # Forms of a convolution, and separate computation of each copy
     M("a neighbour's kernel on the way back", "convolutions", "zip(g.split(size), x.split(size), w.unbind(0), strict=True)", "zip(g.split(size), x.split(size), w.roll(1, 0).unbind(0), strict=True)"),
     M("padding in words in all forms", "convolutions", 'if x.device.type != "cpu" or isinstance(padding, str):', 'if x.device.type != "cpu":'),
     M("rows of clients in turn", "convolutions", "return y.transpose(0, 1).reshape(len(x), *y.shape[2:])", "return y.reshape(len(x), *y.shape[2:])"),
     M("each by itself with the first one's weights", "stack", "copies[i] for n, copies in own.items()", "copies[0] for n, copies in own.items()"),
     M("each by itself without a stream", "stack", "draw_from(generators(name))", "pass"),
     M("each by itself unproven", "choice", 'obstacle("lowered"), obstacle("each")', 'obstacle("lowered"), ""'),
-    # What is measured, kept and chosen
+    # Tuning: measured, stored and chosen ways
     M("ways of a run that goes on are chosen anew", "choice", "if stored is not None and self._proven(stored, engine):", "if False:"),
     M("kept ways unproven", "choice", "(known := recalled(name)) is not None and self._proven(known, engine)", "(known := recalled(name)) is not None"),
     M("a way a little quicker is taken", "tuning", "best.seconds < MARGIN * timed[0].seconds", "best.seconds < timed[0].seconds"),
@@ -867,12 +867,12 @@ MUTANTS = [
     M("long runs are measured for ever", "tuning", "min(_LONGEST, _OF_LONG * run)", "_OF_LONG * run"),
     M("measured although it is late", "tuning", "if self.late: return float", "if False: return float"),
     M("how copies are computed is not stored", "ways", "return asdict(self)", 'return {**asdict(self), "copies": asdict(Stacking())}'),
-    # From what was chosen to cohorts
+    # Building cohorts for what was chosen
     M("a penalty that clients' own losses lack", "simulation", "if protection.penalised and LEARN in algorithm.traits.needs:", "if False:"),
     M("a penalty where nothing is trained", "simulation", "if protection.penalised and not trains(chosen.split.client):", "if False:"),
     M("simulated clients are undefended", "simulation", "if protection.active: cohort", "if False: cohort"),
     M("algorithms take verbs unasked", "simulation", "return BoundedCohort(cohort, config.algorithm, algorithm.traits.needs), server", "return cohort, server"),
-    # What draws
+    # Operations that draw random numbers
     M("layers within layers draw nothing", "trace", "any(map(_layer_may_draw, part.get_submodule(str(node.target)).modules()))", "_layer_may_draw(part.get_submodule(str(node.target)))"),
     M("hooks draw nothing", "trace", "return hooked or not kind.", "return not kind."),
     M("what says nothing draws nothing", "seeds", 'getattr(module, "draws", True) else contextlib', 'getattr(module, "draws", False) else contextlib'),
@@ -893,7 +893,7 @@ MUTANTS = [
     M("any task's metric", "another model", 'judged.primary == "accuracy" and', "True or"),
     M("a model that cannot be measured is trained", "another model", "trained_work(self.study)", "pass"),
     M("nothing trained is an error", "another model", "if planned and not done:", "if not done:"),
-    # Who is let in
+    # Admission of clients
     M("denied clients are let in", "admission", 'raise StrangerError("excluded", why)', "return"),
     M("denied clients stay connected", "admission", "if link.open and (why := self._gate.denied.why(link.caller)):", "if not link.open and (why := self._gate.denied.why(link.caller)):"),
     M("serial numbers are no reason", "admission", "caller.sha256 in self.sha256 or caller.serial in self.serials", "caller.sha256 in self.sha256"),
@@ -905,7 +905,7 @@ MUTANTS = [
     M("who is denied is still needed", "admission", "return self.denied | self.excluded.keys()", "return frozenset(self.excluded)"),
     M("one host fills the record", "admission", "self._refusals.total() >= ALL or self._refusals[caller.host] >= EACH", "self._refusals.total() >= ALL"),
     M("windows stay short", "admission", "FIRST if quiet else min(2 * self._window, LONGEST)", "FIRST"),
-    # What was proved of one model, and holds for another
+    # Proofs that also hold for other models
     M("hooks are not seen", "likeness", "elif not (isinstance(value, dict | set) and not value)", "elif not isinstance(value, dict | set)"),
     M("any class is known", "likeness", 'if not f"{kind.__module__}.".startswith(_KNOWN):', "if False:"),
     M("tied weights are like others", "likeness", "yield name, firsts.setdefault(id(p), name), of_tensor(p)", "yield name, name, of_tensor(p)"),
@@ -916,7 +916,7 @@ MUTANTS = [
     M("cuts at other places are alike", "likeness", "taken = (names, x.names,", "taken = (x.names,"),
     M("recomputing parts are alike", "recomputed", "replace(depth.parts, likeness=None)", "depth.parts"),
     M("gscala samples as scala", "gscala", 'presets={"logit_adjust": "both", "sampling": "global"}', 'presets={"logit_adjust": "both"}'),
-    # What is read back from files, exit codes, and terms
+    # Values from files, exit codes, and terms
     M("a folder in use is a person's fault", "stored", """Another process works in that folder. It may be an earlier process of this run that is about to end.\"\"\"
 
     code = ExitCode.TRY_AGAIN""", """Another process works in that folder. It may be an earlier process of this run that is about to end.\"\"\"
@@ -1023,7 +1023,7 @@ def say(line: str) -> None:
 
 
 def earlier(out: Path | None) -> dict[str, dict[str, Any]]:
-    """The results in `out`, by name; that of the code without a mutant under no name."""
+    """The results in `out`, by name. Those without a mutant have an empty name."""
     if out is None or not out.exists():
         return {}
     return {result["name"]: result for result in map(json.loads, out.read_text().splitlines())}
@@ -1037,7 +1037,7 @@ def keep(out: Path | None, results: dict[str, dict[str, Any]], result: dict[str,
 
 
 def summary(results: Sequence[dict[str, Any]]) -> int:
-    """Say what came out; the exit code: 0 where every mutant was killed."""
+    """Prints a summary. Returns the exit code, which is 0 if all mutants were killed."""
     of = {outcome: [r for r in results if r["outcome"] == outcome] for outcome in ("killed", "survived", "unusable")}
     for outcome in ("survived", "unusable"):
         for result in of[outcome]:
@@ -1049,7 +1049,7 @@ def summary(results: Sequence[dict[str, Any]]) -> int:
 
 
 def judge(mutant: Mutant, hint: str | None) -> dict[str, Any]:
-    """Run the tests of a mutant's area on it, but first the one that `hint` names."""
+    """Runs the tests of the mutant's area, beginning with the test that `hint` names."""
     found = {"outcome": "unusable", "seconds": 0.0, "by": fault_of(mutant)}
     if not found["by"]:
         found = run_tests(mutant, [hint]) if hint else found
@@ -1059,7 +1059,7 @@ def judge(mutant: Mutant, hint: str | None) -> dict[str, Any]:
 
 
 def fault_of(mutant: Mutant) -> str:
-    """Why a mutant cannot be applied; empty where it can."""
+    """Why a mutant cannot be applied, or empty if it can."""
     try:
         path, text = mutated(mutant, PACKAGE)
         compile(text, path, "exec")
@@ -1071,7 +1071,7 @@ def fault_of(mutant: Mutant) -> str:
 
 
 def mutated(mutant: Mutant, package: Path) -> tuple[Path, str]:
-    """The file that a mutant changes, and its text with the change. Raises UnusableError."""
+    """The file that a mutant changes, and its changed text. Raises UnusableError."""
     texts = {path: path.read_text() for path in sorted(package.rglob("*.py"))}
     once = pattern(mutant.after or mutant.snippet)
     found = [(path, match) for path, text in texts.items() for match in once.finditer(text)]
@@ -1088,7 +1088,7 @@ def mutated(mutant: Mutant, package: Path) -> tuple[Path, str]:
 
 
 def pattern(snippet: str) -> re.Pattern[str]:
-    """Finds a snippet however its lines are broken and indented."""
+    """A pattern that finds a snippet with any line breaks and indentation."""
     tokens = re.findall(r"\w+|[^\w\s]", snippet)
     whole = r"(?<!\w)" if is_word(tokens[0]) else ""
     for token, behind in zip(tokens, [*tokens[1:], ""], strict=True):
@@ -1113,13 +1113,16 @@ def tests_of(area: str) -> list[Path]:
 
 
 def run_tests(mutant: Mutant | None, files: Sequence[Path | str], limit: float = 1200.0) -> dict[str, Any]:
-    """Run test files, or single tests, on a copy of the code, changed by `mutant`: what became of it, in how long, and by which test."""
+    """Runs test files or single tests on a copy of the code with `mutant`.
+
+    Returns the outcome, the seconds, and the test that failed.
+    """
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder, "src")
         shutil.copytree(PACKAGE, copy / "cutlayer")
         shutil.copytree(
             ROOT / "docs", Path(folder, "docs"), ignore=shutil.ignore_patterns("*.png")
-        )  # beside src, as here
+        )  # next to src, as in the repository
         if mutant is not None:
             path, text = mutated(mutant, copy / "cutlayer")
             path.write_text(text)
@@ -1156,7 +1159,7 @@ def run_tests(mutant: Mutant | None, files: Sequence[Path | str], limit: float =
 
 
 def import_folders() -> list[str]:
-    """The folders that tests import from, as pytest is configured."""
+    """The folders of imports in tests, as in pytest's configuration."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     folders: list[str] = settings["pythonpath"]
     return folders
