@@ -1,4 +1,4 @@
-"""Common architectures, small and with random weights, which `cuts.py` cuts."""
+"""Common architectures with small sizes and random weights, which `cuts.py` cuts."""
 
 # ruff: noqa: E501
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLASSES = 5
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, an example of its batches, and the block after which it is cut."""
+    """A model, an example batch, and the module after which it is cut."""
 
     name: str
     at: str | tuple[str, str]
@@ -27,7 +27,7 @@ class Architecture:
 
 
 def architectures() -> Iterator[Architecture]:
-    """All of them."""
+    """All architectures."""
     yield from (Architecture(name, at, lambda of=of, x=x: (of(), x())) for name, at, of, x in _PLAIN)
     yield from hugging_face()
 
@@ -61,14 +61,14 @@ def volumes() -> Tensor:
 
 
 def tokens() -> Tensor:
-    """[R, 12]; 0 is padding."""
+    """[R, 12], padded with 0."""
     ids = torch.randint(1, 32, (ROWS, 12))
     ids[1, 9:] = 0
     return ids
 
 
 def masked_tokens() -> dict[str, Tensor]:
-    """Token ids and their mask, as a tokenizer gives them."""
+    """Token ids and their mask, as from a tokenizer."""
     ids = tokens()
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
@@ -99,7 +99,7 @@ class Residual(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Every layer sees all earlier ones."""
+    """Each layer receives the outputs of all earlier ones."""
 
     def __init__(self, channels: int, growth: int, layers: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """All results, side by side."""
+        """All outputs, concatenated."""
         found = [x]
         for layer in self.layers:
             found.append(layer(torch.cat(found, 1)))
@@ -121,7 +121,7 @@ class DenseBlock(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches side by side."""
+    """Parallel branches."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -130,24 +130,24 @@ class Inception(nn.Module):
         self.c = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(channels, 4, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The branches' results, side by side."""
+        """The outputs of the branches, concatenated."""
         return torch.cat([self.a(x), self.b(x), self.c(x)], 1)
 
 
 class SqueezeExcite(nn.Module):
-    """Channels weighted by features of the whole picture."""
+    """Scales channels by features of the whole picture."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.gate = nn.Sequential(nn.Linear(channels, 2), nn.ReLU(), nn.Linear(2, channels), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The weighted picture."""
+        """The scaled picture."""
         return x * self.gate(x.mean((2, 3)))[:, :, None, None]
 
 
 class Unet(nn.Module):
-    """Down, up, and across; cut in the middle, the skips cross too."""
+    """A U-Net. If it is cut in the middle, the skip connections cross, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Unet(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Recurrent layers, then a linear one on the last step."""
+    """Recurrent layers, followed by a linear layer on the last step."""
 
     def __init__(
         self, kind: type[nn.RNNBase], bidirectional: bool = False, layers: int = 1, dropout: float = 0
@@ -184,7 +184,7 @@ class Recurrent(nn.Module):
 
 
 class TwoRecurrent(nn.Module):
-    """An encoder whose last state starts a decoder."""
+    """An encoder whose last state is the first state of a decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Packed(nn.Module):
 
 
 class GraphLayer(nn.Module):
-    """Neighbours' means, weighted."""
+    """The weighted mean of neighbours."""
 
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class GraphLayer(nn.Module):
 
 
 class Graph(nn.Module):
-    """A graph per row; the adjacency is an input, which later layers use: the first part hands on a projection."""
+    """A graph per row. Later layers use the adjacency, which is an input, so the first part sends a projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Graph(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts, all of which run, weighted by a gate."""
+    """A mixture of experts. All experts run, and a gate weights their outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class Experts(nn.Module):
 
 
 class TopExperts(nn.Module):
-    """A mixture of experts, each of which runs for the rows that are sent to it."""
+    """A mixture of experts. Each expert runs only for the rows that are sent to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ class TopExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention and a feed-forward layer, by hand."""
+    """Self-attention and a feed-forward layer in plain torch."""
 
     def __init__(self, width: int, causal: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A small GPT; `tied`: the output layer has the input's weights."""
+    """A small GPT. With `tied`, the output layer has the input's weights."""
 
     def __init__(self, tied: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class Decoder(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Turns that depend on the position alone."""
+    """Rotations that depend only on the position."""
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, [1, t, 4]"""
@@ -338,7 +338,7 @@ class Rotary(nn.Module):
 
 
 class RotaryLayer(nn.Module):
-    """A layer that uses the turns."""
+    """A layer that uses the rotations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class RotaryLayer(nn.Module):
 
 
 class RotaryDecoder(nn.Module):
-    """Positions are computed once and used by every layer; control flow keeps torch.fx away."""
+    """Positions are computed once and used by every layer. A branch prevents tracing by torch.fx."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ class RotaryDecoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch's own encoder layers, with a padding mask made from the ids."""
+    """torch's encoder layers with a padding mask made from the ids."""
 
     def __init__(self, padding: bool, norm_first: bool = False) -> None:
         super().__init__()
@@ -385,7 +385,7 @@ class Encoder(nn.Module):
 
 
 class Translator(nn.Module):
-    """torch's own encoder and decoder."""
+    """torch's encoder and decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -400,7 +400,7 @@ class Translator(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """A few latent vectors look at many inputs."""
+    """A few latent vectors attend to many inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ class Mixer(nn.Module):
 
 
 class Variational(nn.Module):
-    """An autoencoder that draws, and returns three tensors."""
+    """An autoencoder that draws random numbers and returns three tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -447,7 +447,7 @@ class Variational(nn.Module):
 
 
 class Standardised(nn.Module):
-    """Keeps a running mean in a buffer that it gives new values by assignment."""
+    """Keeps a running mean in a buffer and assigns its new values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -470,13 +470,13 @@ class Outputs(nn.Module):
         self.first, self.head, self.size = nn.Linear(8, 8), nn.Linear(8, CLASSES), nn.Linear(8, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Two heads' results by name."""
+        """The outputs of two heads, by name."""
         h = torch.relu(self.first(x))
         return {"logits": self.head(h), "size": self.size(h)}
 
 
 class Wide(nn.Module):
-    """Two inputs by name, each with layers of its own."""
+    """Two named inputs, each with its own layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -503,7 +503,7 @@ class Siamese(nn.Module):
 
 
 class Causal(nn.Module):
-    """A dilated convolution that sees the past only."""
+    """A dilated convolution that sees only the past."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -737,7 +737,7 @@ _UNTIED = ("T5", "BART", "GPT-2, untied")
 
 
 def hugging_face() -> Iterator[Architecture]:
-    """The models of transformers; none if it is not installed."""
+    """The models of transformers, or none if it is not installed."""
     try:
         import transformers
     except ImportError:

@@ -50,7 +50,7 @@ DEFENCES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "psl": {"none": {}, "median_bound 2": BOUND, "median_bound 1": {**BOUND, "row_multiple": 1.0}},
 }
-ONLY_UPDATES = ("poison",)  # have no effect if models stay with their clients
+ONLY_UPDATES = ("poison",)  # without effect if models stay with their clients
 
 
 def attacks_on(algorithm: str) -> list[str]:
@@ -78,7 +78,7 @@ def accuracy(source: Source, algorithm: str, attack: str, defence: dict[str, Any
 
 
 def figure(scores: list[float]) -> str:
-    """Mean and standard deviation; empty if there are none."""
+    """Mean and standard deviation, or an empty string if there are no scores."""
     if not scores:
         return ""
     if any(s != s for s in scores):
@@ -98,7 +98,7 @@ def table(algorithm: str, found: dict[tuple[str, str], list[float]]) -> Iterable
 
 
 def main() -> None:
-    """Train everything; print the tables, or write them to a page."""
+    """Trains everything and prints the tables or writes them to a page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=list(DEFENCES), help="one algorithm")

@@ -33,13 +33,13 @@ from cutlayer.optim import MakeOptimizer, make_optimizer
 from cutlayer.seeds import torch_seeded
 from cutlayer.types import Rows, as_tuple
 
-_CLIENTS = 8  # clients whose steps are timed, together and one by one
-_SECONDS = 3.0  # seconds for a model's timing
+_CLIENTS = 8  # number of clients in measurements of speed
+_SECONDS = 3.0  # seconds of measurement per model
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result of one cut; `trouble` is the reason of a refusal, or the error in the parts."""
+    """The result of one cut. `trouble` is the reason of a refusal or an error in the parts."""
 
     of: Architecture
     seconds: float
@@ -67,12 +67,12 @@ class Found:
 
 
 def look_at(architecture: Architecture) -> Found:
-    """Cut it, check the parts against the whole on another batch, and ask whether they can be stacked."""
+    """Cuts the model, compares the parts with the whole on another batch, and checks whether they can be stacked."""
     try:
         with torch_seeded(0, architecture.name):
             model, example = architecture.make()
             with torch.no_grad():
-                Arguments.of(example).run(model)  # once: lazy layers get their weights
+                Arguments.of(example).run(model)  # initialises lazy layers
     except Exception as error:
         return Found(architecture, 0.0, trouble=_cell(f"does not run: {type(error).__name__} {error}"))
     begin = time.perf_counter()
@@ -92,7 +92,7 @@ def look_at(architecture: Architecture) -> Found:
 
 
 def equal(model: torch.nn.Module, parts: Parts, example: Any) -> bool:
-    """Whether the parts give the whole's outputs for the example's rows in another order, in both modes."""
+    """Whether the parts give the outputs of the whole for the example's rows in another order, in both modes."""
     x = Arguments.of(example)
     other = Arguments(tuple(row.flip(0) for row in x.rows), x.names)
     for training in (True, False):
@@ -110,9 +110,7 @@ def equal(model: torch.nn.Module, parts: Parts, example: Any) -> bool:
 
 
 def _engine(parts: Parts, example: Any) -> tuple[str, float | None]:
-    """(how clients are simulated: "stacked" in the quickest way, or "local" and why; how many times as fast that is as
-    one client after another).
-    """
+    """The engine ("stacked", or "local" with the reason), and the speed relative to single clients."""
     rows, make = Arguments.of(example).rows, make_optimizer("sgd", 0.1, {})
     verdict = stackable(parts.client, rows, make, data=True)
     if verdict.reason:
@@ -188,7 +186,7 @@ def _page(found: list[Found]) -> str:
 
 
 def main() -> None:
-    """Examine all models, or the named ones."""
+    """Examines all models or the named ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="*", help="only models whose names contain one of these")
     parser.add_argument("--write", type=Path, help="write the page here")

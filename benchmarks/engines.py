@@ -55,15 +55,15 @@ from cutlayer.data.batches import Batches
 from cutlayer.errors import CutlayerWarning
 from cutlayer.types import Round, Step
 
-EPOCH = 16  # batches that a client has (the paper: 125)
-STEPS = 4  # steps that are timed at a time; also those between two averagings
-LONG = 5.0  # GFLOP of a step: above, one step is timed at a time
-HEAVY = 20.0  # GFLOP of a step: above, a client only has STEPS batches
-VERY_HEAVY = 150.0  # GFLOP of a step: above, two rounds are enough
-LIMIT = 400.0  # GFLOP of a step: above, a cell is left out
+EPOCH = 16  # batches per client (the paper: 125)
+STEPS = 4  # steps per measurement, and between two averagings
+LONG = 5.0  # GFLOP of a step. Above it, each step is measured by itself
+HEAVY = 20.0  # GFLOP of a step. Above it, a client has only STEPS batches
+VERY_HEAVY = 150.0  # GFLOP of a step. Above it, two rounds are enough
+LIMIT = 400.0  # GFLOP of a step. Above it, a cell is left out
 RATE = 1e-3  # learning rate of clients, and of SGLR's server for any C
 ROUNDS = 50  # at most
-Thunk = Callable[[int], None]  # trains so many steps
+Thunk = Callable[[int], None]  # trains this number of steps
 Row = dict[str, Any]
 
 SIZES = [(10, 8), (10, 32), (50, 32), (100, 8), (200, 4)]
@@ -79,7 +79,7 @@ CONTESTANTS = ("ceiling", "loop", "local", "fast")
 
 @dataclass(frozen=True)
 class Workload:
-    """One line of the table. A client has `batches` batches; FedAvg and SplitFed average after `local_steps` steps."""
+    """One line of the table. Clients have `batches` batches. FedAvg and SplitFed average after `local_steps` steps."""
 
     model: str
     algorithm: str
@@ -102,22 +102,22 @@ class Workload:
 
     @property
     def gflop(self) -> float:
-        """Arithmetic of one step."""
+        """GFLOP of one step."""
         return flops_per_row(self.model) * self.rows / 1e9
 
     @property
     def steps(self) -> int:
-        """Steps that are timed at a time: whole rounds, if models are averaged."""
+        """Steps per measurement. If models are averaged, these are whole rounds."""
         return 1 if self.gflop > LONG and self.algorithm not in AVERAGING else STEPS
 
     @property
     def epoch(self) -> int:
-        """Batches of a client, fewer if a step is long."""
+        """Batches per client, fewer if steps are long."""
         return STEPS if self.gflop > HEAVY else self.batches
 
     @property
     def config(self) -> RunConfig:
-        """The run, without its engine."""
+        """The configuration of the run, without its engine."""
         name, more = OPTIMIZERS[self.optimizer]
         options: dict[str, Any] = {"client_optimizer_options": more} if more else {}
         if self.algorithm != "fl":
@@ -139,7 +139,7 @@ class Workload:
 
 @functools.cache
 def flops_per_row(model: str) -> float:
-    """FLOPs of the products of a forward and a backward pass on one row (three times those of the forward pass)."""
+    """FLOPs of matrix products for a row, forward and backward (three times those of the forward pass)."""
     net = NETS[model]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.make()(net.samples(2)[0])
@@ -147,7 +147,7 @@ def flops_per_row(model: str) -> float:
 
 
 def cells() -> list[Workload]:
-    """All lines of the table, by the rule that the module states."""
+    """All lines of the table, by the rule in the module's docstring."""
     found: list[Workload] = []
     for model, net in NETS.items():
         found += [Workload(model, "sglr", c, b) for c, b in SIZES]
@@ -174,8 +174,9 @@ MEMORY = [Workload("lenet5", "sglr", 50, 32), Workload("cnn", "sglr", 100, 8), W
 
 @dataclass(frozen=True)
 class Material:
-    """The common start of all contestants of a cell: the same model and the same rows, in the same order. With
-    `by_hand`, similar rows without the package's data sets (to measure the memory of a script).
+    """The same model and the same rows in the same order for all contestants of a cell.
+
+    With `by_hand`, similar rows are made without the package's data sets, to measure the memory of a script.
     """
 
     w: Workload
@@ -184,27 +185,27 @@ class Material:
 
     @classmethod
     def of(cls, w: Workload, make: Callable[[], nn.Sequential] | None = None, *, by_hand: bool = False) -> Material:
-        """That of a cell; `make` makes its model (default: as the cell says)."""
+        """The material of a cell. `make` makes its model (default: the cell's model)."""
         with seeds.torch_seeded(0, "benchmark", w.model):
             return cls(w, (make or w.net.make)(), by_hand)
 
     @functools.cached_property
     def source(self) -> Source:
-        """Enough samples for an epoch of all clients, and some to evaluate on."""
+        """Samples for an epoch of all clients, and some for evaluation."""
         x, y = self.w.net.samples(self.w.clients * self.w.batch * self.w.epoch + 20)
         targets = "classes" if self.w.net.per_pixel else "class"
         return from_arrays(x, y, validation=0, test=20, targets=targets)
 
     def engine(self, name: str) -> Engine:
-        """One of our engines."""
+        """The engine with this name."""
         config = RunConfig.of({**self.w.config.model_dump(exclude_unset=True), "engine": name})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CutlayerWarning)  # the table names the engine that was chosen
+            warnings.simplefilter("ignore", CutlayerWarning)  # the table names the chosen engine
             return Engine(assemble(config, self.net, self.source))
 
     @functools.cached_property
     def given(self) -> Given:
-        """The start of a loop and of the ceiling: batches that are gathered on the device."""
+        """The start of the loop and the ceiling, with batches on the device."""
         w, config = self.w, self.w.config
         name, more = OPTIMIZERS[w.optimizer]
         lower, upper = (self.net, nn.Sequential()) if w.algorithm == "fl" else w.net.halves(self.net)
@@ -225,14 +226,14 @@ class Material:
         )
 
     def _active(self) -> list[Sequence[int]]:
-        """The clients that share a cut gradient, of each step of an epoch, as SGLR draws them."""
+        """The clients that share a cut gradient in each step of an epoch, drawn as in SGLR."""
         w, config = self.w, self.w.config
         this = Round(0, 10**9, tuple(range(w.clients)), (w.epoch,) * w.clients, config.seed)
         sglr = config.thing("algorithm", "sglr")
         return [sglr.draw_active(this.clients, this, turn) for turn in range(w.epoch)]
 
     def _batches(self) -> list[tuple[Tensor, Tensor]]:
-        """The rows of each step of an epoch, in the order in which the engines draw them."""
+        """The rows of each step of an epoch, in the order of the engines."""
         w = self.w
         if self.by_hand:
             x, y = w.net.samples(w.clients * w.batch * w.epoch)
@@ -244,7 +245,7 @@ class Material:
         return [(x.to(w.device), y.to(w.device)) for x, y in found]
 
     def contestant(self, name: str) -> Thunk:
-        """One of the CONTESTANTS."""
+        """The contestant with this name."""
         if name == "ceiling":
             return Ceiling(self.net.to(self.w.device), self.given)
         if name == "loop":
@@ -253,27 +254,27 @@ class Material:
 
 
 class Engine:
-    """One of our engines at its next step, without evaluations."""
+    """An engine that trains step by step, without evaluations."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
         self.steps = endless(training)
 
     def __call__(self, steps: int) -> None:
-        """Train so many steps."""
+        """Trains this number of steps."""
         for _ in range(steps):
             next(self.steps)
 
 
 def endless(training: Training) -> Iterator[Step]:
-    """One step at each `next`, round after round."""
+    """Yields after each step, round after round."""
     for index in itertools.count():
         this = training.clients.begin_round(index, 10**9, 1.0)
         yield from training.algorithm.round(training.server, training.clients, this)
 
 
 def turns(w: Workload) -> Iterator[Sequence[int]]:
-    """The clients whose batches each step of an epoch uses: all, or (SSL) one client with all its batches in turn."""
+    """The clients of each step of an epoch: all, or (SSL) one client after another with all its batches."""
     if w.algorithm == "ssl":
         yield from ([k] for k in range(w.clients) for _ in range(w.epoch))
     else:
@@ -281,7 +282,7 @@ def turns(w: Workload) -> Iterator[Sequence[int]]:
 
 
 def steps_of(w: Workload) -> list[tuple[int, int]]:
-    """(round, number in the round) of each step of an epoch."""
+    """(round, step of the round) for each step of an epoch."""
     length = w.local_steps if w.algorithm in AVERAGING else w.epoch
     return [divmod(step, length) for step in range(w.epoch)]
 
@@ -292,7 +293,7 @@ def steps_of(w: Workload) -> list[tuple[int, int]]:
 def interleave(
     thunks: dict[str, Thunk], w: Workload, seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, A B C D, B C D A, ..., after one time each to warm up."""
+    """Seconds of each contestant in the order A B C D, B C D A, ..., after one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in thunks}
     for thunk in thunks.values():
         thunk(w.steps)
@@ -310,20 +311,20 @@ def interleave(
 
 
 def quartiles(reference: Sequence[float], times: Sequence[float]) -> list[float]:
-    """How many times as fast as the reference: quartiles of the paired ratios, [q1, median, q3]."""
+    """Speed relative to the reference: quartiles of the paired ratios, [q1, median, q3]."""
     ratios = [a / b for a, b in zip(reference, times, strict=True)]
     return [float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75])]
 
 
 def awaited() -> float:
-    """The time once the device has done all its work."""
+    """The time when the device has finished all its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def measure(w: Workload, seconds: float) -> Row:
-    """One line of the table, with the error, if there was one."""
-    several = torch.get_num_threads() > 1  # CPU time would count them all
+    """One line of the table, or an error."""
+    several = torch.get_num_threads() > 1  # CPU time would add up all threads
     clock = awaited if w.device != "cpu" else time.perf_counter if several else time.process_time
     row: Row = {"cell": str(w), **vars(w), "rows": w.rows, "gflop": round(w.gflop, 3), "steps": w.steps}
     began = time.perf_counter()
@@ -331,7 +332,7 @@ def measure(w: Workload, seconds: float) -> Row:
         material = Material.of(w)
         thunks = {name: material.contestant(name) for name in CONTESTANTS}
         times = interleave(thunks, w, seconds, clock)
-    except Exception as error:  # one failing cell must not affect the others
+    except Exception as error:  # an error in one cell must not end the others
         return {**row, "error": f"{type(error).__name__}: {error}"}
     fast = thunks["fast"]
     assert isinstance(fast, Engine), "the default engine is ours"
@@ -352,7 +353,7 @@ def measure(w: Workload, seconds: float) -> Row:
 
 
 def profile(w: Workload) -> None:
-    """Print the operators that take most of one step, of `fast` and of `loop`."""
+    """Prints the most expensive operators of one step, for `fast` and `loop`."""
     material = Material.of(w)
     for name in ("fast", "loop"):
         thunk = material.contestant(name)
@@ -379,7 +380,7 @@ def took(thunk: Thunk) -> float:
 
 
 def peak_memory(w: Workload) -> Row:
-    """Peak resident memory of each contestant in a process of its own, in MB, data and libraries included."""
+    """Peak resident memory in MB of each contestant in its own process, with data and libraries."""
     found: Row = {"cell": str(w)}
     for name in CONTESTANTS:
         command = [sys.executable, __file__, "--memory-of", name, w.model, w.algorithm, str(w.clients), str(w.batch)]
@@ -388,8 +389,8 @@ def peak_memory(w: Workload) -> Row:
 
 
 def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -> None:
-    """Print this process's own peak memory in MB after some steps (on Linux)."""
-    # Few batches: the rows are in memory twice while an engine is built, which should not be measured here.
+    """Prints the peak memory of this process in MB after some steps (on Linux)."""
+    # Few batches, since rows are in memory twice while an engine is built, which is not to be measured here.
     w = Workload(model, algorithm, int(clients), int(batch), batches=STEPS)
     Material.of(w, by_hand=name in ("ceiling", "loop")).contestant(name)(2 * w.steps)
     (peak,) = (
@@ -402,7 +403,7 @@ def memory_of(name: str, model: str, algorithm: str, clients: str, batch: str) -
 
 
 def processor() -> str:
-    """The processor's name, if the system tells it."""
+    """The name of the processor, if the system provides it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -484,7 +485,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def growth(rows: Sequence[Row]) -> list[str]:
-    """The cost of a sample with 1000 clients relative to 10, if both were measured."""
+    """The cost per sample with 1000 clients relative to 10, if both were measured."""
     cost = {r["cell"]: 1 / r["samples/s"] for r in rows}
     pairs = [(name, name.replace("C=1000 ", "C=10 ")) for name in cost if "C=1000 " in name]
     return [f"{many}: a sample costs {cost[many] / cost[few]:.2f} times what it costs with C = 10."
@@ -492,7 +493,7 @@ def growth(rows: Sequence[Row]) -> list[str]:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Two measurements of the same cells as one table, the worst after first."""
+    """Two measurements of the same cells in one table, sorted by the second one, worst first."""
     old, new = ({r["cell"]: r for r in map(json.loads, p.read_text().splitlines())} for p in (before, after))
     columns = [
         "cell",
@@ -530,7 +531,7 @@ def chosen(options: argparse.Namespace) -> list[Workload]:
 
 
 def measured(workloads: Sequence[Workload], seconds: float, kept: Path | None) -> list[Row]:
-    """Measure and print, line by line; each goes to the file of JSON lines, too."""
+    """Measures and prints line by line, and appends each line to the file of JSON lines."""
     rows = []
     print("\n".join(heading(COLUMNS)), flush=True)
     for w in workloads:
@@ -545,7 +546,7 @@ def measured(workloads: Sequence[Workload], seconds: float, kept: Path | None) -
 
 
 def memory_table() -> list[str]:
-    """Peak memory, of processes of their own."""
+    """Peak memory in separate processes."""
     lines = ["", "Peak memory of a process of its own, MB, libraries and four batches of each client included:", "",
              *heading(["cell", *CONTESTANTS, "1.2 x loop + 150"])]  # fmt: skip
     print("\n".join(lines), flush=True)
@@ -556,7 +557,7 @@ def memory_table() -> list[str]:
 
 
 def main() -> None:
-    """Measure and print, row by row."""
+    """Measures and prints row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two cells only")
     parser.add_argument("--only", default="", help="cells whose name starts so, e.g. 'mlp sglr'")

@@ -55,7 +55,7 @@ FLEET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, but for its seed."""
+    """One training, without its seed."""
 
     way: str
     skew: str
@@ -63,9 +63,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy in percent, virtual hours, the share of it that a client waits in the mean, and how many server steps
-    old a batch and how many averagings old a model were in the mean (0 in synchronous learning). `curve` has the
-    accuracy after these virtual hours.
+    """Results of one training.
+
+    Accuracy is in percent, time in virtual hours, and `idle` is the mean share of time in which a client waits. Ages
+    are means: that of a batch in server steps, that of a model in averagings (0 in synchronous learning). `curve` lists
+    virtual hours and accuracy.
     """
 
     accuracy: float
@@ -77,12 +79,12 @@ class Outcome:
 
     @property
     def reached(self) -> float | None:
-        """Virtual hours until the accuracy was that of `GOAL`; None if it never was."""
+        """Virtual hours until the accuracy reached `GOAL`, or None."""
         return next((hours for hours, accuracy in self.curve if accuracy >= GOAL), None)
 
 
 def outcome(source: Source, cell: Cell, seed: int, rounds: int, model: str) -> Outcome:
-    """Train once."""
+    """Trains once."""
     run = Run(
         data=source,
         model=model,
@@ -143,7 +145,7 @@ def table(found: dict[Cell, list[Outcome]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Train everything; print the table, or write it to a page."""
+    """Trains everything and prints the table or writes it to a page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))

@@ -1,10 +1,11 @@
-"""Training by hand, as a reference for the engines: split learning and related methods as a good engineer would write
-them for one process, and centralised training of the same model, which is the ceiling.
+"""Loops written by hand, as references for the engines.
 
-Batches are gathered beforehand. There is no bookkeeping: no losses are read, no numbers are checked, and nothing is
-copied without need. PSL and SGLR run ONE server pass over the smashed data of all clients, laid end to end. The
-optimisers are torch's, as it chooses to compute them. Random draws (active clients, the order of visits) were made
-before.
+They are split learning and related methods as a good engineer would write them for one process, and centralised
+training of the same model, which is the ceiling.
+
+Batches are gathered beforehand. There is no bookkeeping: losses are not read, numbers are not checked, and nothing is
+copied unnecessarily. PSL and SGLR run ONE server pass over the concatenated smashed data of all clients. Optimisers are
+torch's with default settings. Random draws (active clients, the order of visits) are made beforehand.
 
 Shape legend: C clients, b rows of each, R = C x b rows.
 """
@@ -47,7 +48,7 @@ class Given:
 
 
 class Loop:
-    """A loop at its next step; `lowers` are the clients' models, `uppers` the server's or its copies."""
+    """A loop that trains step by step. `lowers` are the clients' models, `uppers` the server's model or its copies."""
 
     own_servers = False
 
@@ -58,17 +59,17 @@ class Loop:
         self.uppers = [copy.deepcopy(given.server) for _ in range(copies)]
         self.optimizers = [given.optimizer(m.parameters(), lr=given.lr) for m in self.lowers]
         self.servers = [given.optimizer(m.parameters(), lr=given.server_lr) for m in self.uppers if len(m)]
-        # The clients' views of each step's rows: made once.
+        # Each client's views of the rows of each step, made only once.
         self.own = [list(zip(x.split(self.b), y.split(self.b), strict=True)) for x, y in given.batches]
 
     def __call__(self, steps: int) -> None:
-        """Train so many steps."""
+        """Trains this number of steps."""
         for _ in range(steps):
             self.step(self.at % len(self.given.batches))
             self.at += 1
 
     def step(self, index: int) -> None:
-        """One step on the batches of that number."""
+        """One step with the batches of this index."""
         raise TypeError(f"{type(self).__name__} has no step")
 
 
@@ -76,7 +77,7 @@ class Parallel(Loop):
     """PSL: one server pass; every client gets the gradient of its own mean loss."""
 
     def step(self, index: int) -> None:
-        """Forward all, one server step, backward all."""
+        """Forward pass of all clients, one server step, backward pass of all clients."""
         smashed = [lower(x) for lower, (x, _) in zip(self.lowers, self.own[index], strict=True)]
         received = torch.cat([s.detach() for s in smashed]).requires_grad_()
         self.servers[0].zero_grad()
@@ -86,20 +87,20 @@ class Parallel(Loop):
         gradients = self.shared(received.grad.mul_(len(smashed)), index)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        torch.autograd.backward(smashed, gradients)  # one call: up to 9 % faster than one for each client
+        torch.autograd.backward(smashed, gradients)  # up to 9% faster than one call per client
         for optimizer in self.optimizers:
             optimizer.step()
 
     def shared(self, gradient: Tensor, index: int) -> Sequence[Tensor]:
-        """Each client's cut gradient, of `gradient` [R, s...]."""
+        """The cut gradient of each client, from `gradient` [R, s...]."""
         return gradient.split(self.b)
 
 
 class Sglr(Parallel):
-    """SGLR: the active clients get the mean of their cut gradients (the server's rate has its factor already)."""
+    """SGLR: active clients get the mean of their cut gradients. The server's rate already has its factor."""
 
     def shared(self, gradient: Tensor, index: int) -> Sequence[Tensor]:
-        """The active clients' mean, or the client's own."""
+        """The mean of the active clients, or the client's own gradient."""
         each = list(gradient.split(self.b))
         active = self.given.active[index]
         common = gradient.unflatten(0, (-1, self.b))[list(active)].mean(0)
@@ -109,10 +110,10 @@ class Sglr(Parallel):
 
 
 class OneByOne(Loop):
-    """The server steps on one client's rows after another's; client models are averaged (SplitFed V2)."""
+    """The server steps on the rows of one client after another, and client models are averaged (SplitFed V2)."""
 
     def step(self, index: int) -> None:
-        """Client by client."""
+        """One client after another."""
         for k in self.given.orders[index]:
             x, y = self.own[index][k]
             through(self.lowers[k], self.uppers[0], self.optimizers[k], self.servers[0], x, y)
@@ -121,12 +122,12 @@ class OneByOne(Loop):
 
 
 class OwnServers(Loop):
-    """Every client has a copy of the server; both sides are averaged (SplitFed V1)."""
+    """Each client has a copy of the server, and both sides are averaged (SplitFed V1)."""
 
     own_servers = True
 
     def step(self, index: int) -> None:
-        """Client by client, each with its copy."""
+        """One client after another, each with its copy."""
         for k, (x, y) in enumerate(self.own[index]):
             through(self.lowers[k], self.uppers[k], self.optimizers[k], self.servers[k], x, y)
         if (self.at + 1) % self.given.local_steps == 0:
@@ -135,10 +136,10 @@ class OwnServers(Loop):
 
 
 class FedAvg(Loop):
-    """Whole models trained by the clients, then averaged. `client` is the whole model; `server` is not used."""
+    """Clients train whole models, which are averaged. `client` is the whole model, and `server` is not used."""
 
     def step(self, index: int) -> None:
-        """Client by client."""
+        """One client after another."""
         for net, optimizer, (x, y) in zip(self.lowers, self.optimizers, self.own[index], strict=True):
             optimizer.zero_grad()
             functional.cross_entropy(net(x), y).backward()
@@ -148,7 +149,7 @@ class FedAvg(Loop):
 
 
 class Travelling(Loop):
-    """One client's turn after another's; the one client model travels, each client's optimiser stays (SSL)."""
+    """Clients take turns with one client model. Each client keeps its own optimiser (SSL)."""
 
     def __init__(self, given: Given) -> None:
         super().__init__(given)
@@ -165,7 +166,7 @@ class Travelling(Loop):
 LOOPS: dict[str, type[Loop]] = {
     "psl": Parallel, "sglr": Sglr, "sflv1": OwnServers, "sflv2": OneByOne, "fl": FedAvg, "ssl": Travelling,
 }  # fmt: skip
-"""The loop of each algorithm that the benchmark has."""
+"""The loop for each algorithm of the benchmark."""
 
 
 class Ceiling:
@@ -176,7 +177,7 @@ class Ceiling:
         self.optimizer = given.optimizer(self.net.parameters(), lr=given.lr)
 
     def __call__(self, steps: int) -> None:
-        """Train so many steps."""
+        """Trains this number of steps."""
         for _ in range(steps):
             x, y = self.given.batches[self.at % len(self.given.batches)]
             self.optimizer.zero_grad()
@@ -193,7 +194,7 @@ def through(
     x: Tensor,
     y: Tensor,
 ) -> None:
-    """One client's step with its own server, or in its turn: both sides step."""
+    """One client's step with its server or its copy: both sides step."""
     smashed = lower(x)
     received = smashed.detach().requires_grad_()
     server.zero_grad()
@@ -205,7 +206,7 @@ def through(
 
 
 def average(nets: Sequence[nn.Module]) -> None:
-    """Set every model to the mean of all (a batch normalisation's counter is the same in all)."""
+    """Sets all models to their mean. The counters of batch normalisation are equal in all models."""
     with torch.no_grad():
         for same in zip(*([*m.parameters(), *m.buffers()] for m in nets), strict=True):
             if same[0].is_floating_point():

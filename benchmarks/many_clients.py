@@ -27,12 +27,12 @@ import pages
 
 MARK = "<!-- many clients -->"
 TAKING_PART, BATCH, INPUTS, CLASSES, ROUNDS, CHECKPOINTS = 100, 2, 64, 10, 20, 5
-WIDTHS = {"small": 32, "large": 256}  # numbers that cross the cut: 8.3 and 67 kB of weights per client
+WIDTHS = {"small": 32, "large": 256}  # width of the cut: 8.3 and 67 kB of weights per client
 WHERE = ("memory", "disk")
 
 
 def status(name: str) -> int:
-    """Bytes of this process by the system: VmHWM is the peak in memory, including mapped files."""
+    """Bytes from the process's status. VmHWM is the peak in memory, including mapped files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
@@ -75,7 +75,7 @@ def measure(clients: int, where: str, size: str, folder: Path) -> dict[str, Any]
         "clients": clients,
         "where": where,
         "size": size,
-        "rounds": training[1:],  # the first one creates what the others use
+        "rounds": training[1:],  # without the first round, which creates files for the others
         "checkpoints": checkpoints,
         "built": built,
         "before": before,
@@ -86,7 +86,7 @@ def measure(clients: int, where: str, size: str, folder: Path) -> dict[str, Any]
 
 
 def measured_apart(clients: int, where: str, size: str) -> dict[str, Any]:
-    """The same in a separate process."""
+    """The same run in a separate process."""
     with tempfile.TemporaryDirectory(prefix="many-clients-") as folder:
         command = [sys.executable, __file__, "--one", str(clients), where, size, folder]
         done = subprocess.run(
@@ -122,7 +122,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Measure everything; print the table, or write it to a page."""
+    """Measures everything and prints the table or writes it to a page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--clients", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,5 +1,6 @@
-"""The models of the benchmark: common ones, each as a sequence of named parts that is cut after one of them. They are
-plain torch, or the package's built-in models, and small enough for one processor core.
+"""The models of the benchmark: common ones, as sequences of named parts, each cut after one of its parts.
+
+They are plain torch or the package's built-in models, and small enough for one processor core.
 
 Shape legend: R rows of the batch, h x w one picture, T steps or tokens, D channels or the width of a token, K classes.
 """
@@ -23,9 +24,9 @@ Kind = Literal["convolutional", "transformer", "dense", "recurrent"]
 
 @dataclass(frozen=True)
 class Net:
-    """A model of the benchmark: `make` makes it, for samples of `shape`; it is cut after its part called `cut`.
+    """A model of the benchmark. `make` makes it for samples of `shape`, and it is cut after its part `cut`.
 
-    `tokens` is the size of the vocabulary, if samples are token numbers; `per_pixel` says that each pixel has a class.
+    `tokens` is the size of the vocabulary, if samples are token numbers. `per_pixel` means that each pixel has a class.
     `light` models are small enough to train hundreds of copies, and are measured with all algorithms.
     """
 
@@ -39,11 +40,11 @@ class Net:
 
     @property
     def task(self) -> str:
-        """The task that it is trained for."""
+        """The task of the model."""
         return "segmentation" if self.per_pixel else "classification"
 
     def halves(self, net: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
-        """(client's part, server's part) of a model that `make` made, cut by hand: they share its weights."""
+        """(client's part, server's part) of a model from `make`. The parts share its weights."""
         names = [name for name, _ in net.named_children()]
         end = names.index(self.cut) + 1
         return net[:end], net[end:]
@@ -62,7 +63,7 @@ class Net:
 
 
 def named(**children: nn.Module) -> nn.Sequential:
-    """The children one after another, under their names."""
+    """A sequence of these named children."""
     return nn.Sequential(OrderedDict(children))
 
 
@@ -81,7 +82,7 @@ def zoo(name: str, shape: tuple[int, ...]) -> Callable[[], nn.Sequential]:
 
 
 def lenet5() -> nn.Sequential:
-    """LeNet-5 as it is written today, with ReLU and max-pooling: 6 and 16 channels of 5x5, for pictures of 1x28x28."""
+    """LeNet-5 in its modern form, with ReLU and max-pooling: 6 and 16 channels of 5x5, for pictures of 1x28x28."""
     return named(
         block1=nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),  # [R, 6, 14, 14]
         block2=nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),  # [R, 16, 5, 5]
@@ -173,7 +174,7 @@ def double(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class BelowTheFirst(nn.Module):
-    """A U-Net without its first level, whose result takes the skip connection, too: [R, D, h, w] -> [R, K, h, w]."""
+    """A U-Net without its first level, whose output is also a skip connection: [R, D, h, w] -> [R, K, h, w]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

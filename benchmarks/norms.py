@@ -43,7 +43,7 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """The most informative ones come first."""
+    """All cells, the most informative ones first."""
     for clients in (10, 5):
         for alpha in (1.0, 0.0):
             for norm in ("batch", "group", "frozen"):
@@ -77,7 +77,7 @@ class FrozenNorm(nn.Module):
 
 
 def replaced(module: nn.Module, norm: str) -> None:
-    """Another norm in place of every batch norm."""
+    """Replaces every batch norm by another norm."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             other = FrozenNorm(child) if norm == "frozen" else nn.GroupNorm(4, child.num_features)
@@ -92,7 +92,7 @@ def make(norm: str) -> nn.Module:
     if norm == "frozen":
         for part in model.modules():
             if isinstance(part, nn.BatchNorm2d):
-                part.momentum = None  # the statistics of all its inputs
+                part.momentum = None  # averages the statistics of all its inputs
         with torch.no_grad():
             model.train()(torch.randn(64, 1, 28, 28))
     if norm != "batch":
@@ -164,7 +164,7 @@ def table(found: dict[Cell, list[float]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Train everything; print the table, or write it to a page."""
+    """Trains everything and prints the table or writes it to a page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cells", type=int, help="the first so many alone")

@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def put(page: Path, mark: str, lines: Iterable[str]) -> None:
-    """Write `lines` in place of what stands between the two lines `mark` of `page`."""
+    """Writes `lines` between the two lines `mark` of `page`, replacing what is there."""
     head, _, tail = page.read_text(encoding="utf-8").split(mark)
     page.write_text(mark.join([head, "\n" + "\n".join(lines) + "\n", tail]), encoding="utf-8")

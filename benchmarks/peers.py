@@ -1,13 +1,13 @@
-"""FedAvg of other simulators beside ours in one process: pfl-research and BlazeFL, if they are installed.
+"""FedAvg of other simulators compared with ours in one process: pfl-research and BlazeFL, if they are installed.
 
     pip install pfl blazefl tqdm                                  # BlazeFL from Python 3.12 on
     pip install --ignore-requires-python blazefl==2.0.3 tqdm     # before: its FedAvg runs on Python 3.11, too
     python benchmarks/peers.py [--seconds 4]
 
-Each is driven through its public interface and given the same weights and batches, ready in memory, and plain SGD with
-the same rate. Every client has STEPS batches, a round's local epoch. A column is how many times as fast as that one our
-default engine is: the median of paired ratios of CPU times on one thread, and its quartiles. The last column is the
-largest difference between their averaged weights and those of FedAvg by hand, after the same rounds.
+Each is used through its public interface. It gets the same weights, the same batches, ready in memory, and plain SGD
+with the same rate. Every client has STEPS batches, which are the local epoch of a round. Columns state how many times
+as fast our default engine is: the median and the quartiles of paired ratios of CPU times on one thread. The last column
+is the largest difference between their averaged weights and those of FedAvg by hand after the same rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from cutlayer.allocator import keep_memory
 
-Batches = list[list[tuple[Tensor, Tensor]]]  # of each client, in order
+Batches = list[list[tuple[Tensor, Tensor]]]  # for each client, in order
 
 SIZES = [(10, 8), (10, 32), (100, 8), (200, 4)]
 CELLS = [Workload(m, "fl", c, b, batches=STEPS) for m in ("lenet5", "mlp") for c, b in SIZES]
@@ -60,7 +60,7 @@ class Pfl:
         self.judging = NNEvalHyperParams(local_batch_size=w.batch)
 
     def __call__(self, steps: int) -> None:
-        """Train this number of steps, whole rounds; a later `run` continues where the last one ended."""
+        """Trains this number of steps in whole rounds. A later `run` continues after the last one."""
         from pfl.algorithm.base import NNAlgorithmParams
 
         self.rounds += steps // STEPS
@@ -90,12 +90,12 @@ class WithLoss(nn.Module):
         return functional.cross_entropy(self.net(x), y)
 
     def metrics(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        """None: nothing is evaluated."""
+        """No metrics, since nothing is evaluated."""
         return {}
 
 
 class Blaze:
-    """FedAvg of BlazeFL, with its trainer that has one client after another train in this process."""
+    """FedAvg of BlazeFL, with the trainer that trains one client after another in this process."""
 
     def __init__(self, w: Workload, net: nn.Module, batches: Batches) -> None:
         from blazefl.contrib import fedavg
@@ -112,7 +112,7 @@ class Blaze:
         )  # fmt: skip
 
     def __call__(self, steps: int) -> None:
-        """Train this number of steps, whole rounds."""
+        """Trains this number of steps in whole rounds."""
         for _ in range(steps // STEPS):
             self.trainer.local_process(self.server.downlink_package(), self.server.sample_clients())
             for package in self.trainer.uplink_package():
@@ -125,33 +125,33 @@ class Blaze:
 
 
 class Fixed:
-    """Gives copies of one model."""
+    """Returns copies of one model."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
 
     def select_model(self, model_name: str) -> nn.Module:
-        """A copy."""
+        """A copy of the model."""
         return copy.deepcopy(self.net)
 
 
 class Loaders:
-    """Gives the loader of each client."""
+    """Returns the loader of each client."""
 
     def __init__(self, loaders: list[Iterable[Any]]) -> None:
         self.loaders = loaders
 
     def get_dataloader(self, type_: str, cid: int, batch_size: int, generator: torch.Generator) -> Iterable[Any]:
-        """That of client `cid`."""
+        """The loader of client `cid`."""
         return self.loaders[cid]
 
 
 PEERS: dict[str, tuple[str, Callable[..., Any]]] = {"pfl-research": ("pfl", Pfl), "BlazeFL": ("blazefl", Blaze)}
-"""Title -> (the package to import, the class that drives it)."""
+"""Title -> (the package to import, the class that uses it)."""
 
 
 def installed() -> dict[str, Callable[..., Any]]:
-    """The peers that can be imported; a line names each missing one."""
+    """The peers that can be imported. Prints a line for each missing one."""
     found = {}
     for title, (package, make) in PEERS.items():
         if importlib.util.find_spec(package) is None:
@@ -175,7 +175,7 @@ def measure(w: Workload, peers: Mapping[str, Callable[..., Any]], seconds: float
 
 
 def main() -> None:
-    """Measure and print, line by line."""
+    """Measures and prints line by line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU seconds per cell")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Data that are read while a run trains: the gain from worker processes that read the next batches in advance.
+"""Data that are read during training: the gain from worker processes that read the next batches in advance.
 
     python benchmarks/reading.py [--workers 2] [--pause 5] [--repeats 3]
 
-Reading an item takes some milliseconds, as from a slow disk or a network. Runs train on 8 items in a step
-(PSL, two clients of 4 rows each; SSL, one client of 8 rows), and the model is so slow that a step computes as long as
-the workers take to read its items. The table says how long a step takes, the shortest of the repeats: in one process;
-with workers that read a step's items when they are needed; with workers that read ahead, as runs do. The ratio is of
-the last two, which are measured in turn. `reading alone` is the least that any order could take.
+Reading an item takes some milliseconds, as from a slow disk or a network. Each step trains on 8 items (PSL: two clients
+with 4 rows each; SSL: one client with 8 rows). The model is so slow that a step computes for as long as the workers
+take to read its items. The table shows the shortest time of a step over the repeats: in one process, with workers that
+read a step's items when they are needed, and with workers that read ahead, as runs do. The ratio compares the last two,
+which are measured alternately. `reading alone` is the minimum for any order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS, FEATURES, CLASSES = 512, 64, 4
 
 
 class Slow(torch.utils.data.Dataset[Any]):
-    """Items that take `pause` seconds each."""
+    """Items that take `pause` seconds each to read."""
 
     targets = torch.arange(ROWS) % CLASSES
 
@@ -42,26 +42,26 @@ class Slow(torch.utils.data.Dataset[Any]):
 
 
 class Busy(nn.Module):
-    """A layer that computes, or waits as an accelerator makes a process wait, `seconds` for each row."""
+    """A layer that computes for `seconds` per row, or waits, as for an accelerator."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same rows, later."""
+        """The same rows, after a delay."""
         time.sleep(self.seconds * len(x) if self.training else 0.0)
         return x
 
 
 def model(seconds: float) -> nn.Module:
-    """Two layers, and between them the server's work."""
+    """Two layers with the server's work between them."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU(), Busy(seconds), nn.Linear(32, CLASSES))
 
 
 def seconds_of(algorithm: str, workers: int, pause: float, compute: float, *, ahead: bool = True) -> float:
-    """Seconds of a step of the second round: in the first one the workers start."""
+    """Seconds per step in the second round, since workers start in the first one."""
     run = Run(
         model=model(compute),
         data=Slow(pause),
@@ -84,7 +84,7 @@ def seconds_of(algorithm: str, workers: int, pause: float, compute: float, *, ah
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pause", type=float, default=5.0, help="milliseconds of an item")

@@ -2,7 +2,7 @@
 
     python benchmarks/remote.py [exchange] [memory] [enrolled] [training] [--write docs/benchmarks.md]
 
-Everything is real: separate processes on this machine's loopback, mutual TLS, certificates made for the run.
+The setting is real: separate processes, connected by loopback with mutual TLS and certificates made for the benchmark.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from cutlayer.wire import Frame, Limits, agree
 from cutlayer.wire import messages as m
 
 CONTEXT = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
-PATIENCE = 300.0  # seconds for anything here
+PATIENCE = 300.0  # seconds, for each wait
 MEMORY = -1
 ROWS = 2
 TERMS = m.Terms(run="r", algorithm="psl", part="p", crossing=[], returning=[], step=m.StepTerms(batch=ROWS))
 SERVICE, METHOD = "bare.Bare", "Talk"
 KB, MB = 1000, 1000_000
 TRAINING_CLIENTS, BATCH = 50, 32
-EXCHANGES = [(8, MB), (2, MB), (8, 100 * KB), (2, 100 * KB)]  # clients, bytes each way per client and step
+EXCHANGES = [(8, MB), (2, MB), (8, 100 * KB), (2, 100 * KB)]  # clients, bytes per client and step in each direction
 
 
-# The reference: one message down and one up per client and step, and nothing else.
+# The reference: one message down and one up per client and step.
 
 
 def bare_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
-    """Drive all streams from the server's own event loop: faster than a thread per stream for several clients."""
+    """Serves all streams from one event loop, which is faster for several clients than a thread per stream."""
     payloads = [os.urandom(size) for _ in range(clients)]
     key, certificate, ca = ((pki / name).read_bytes() for name in ("server.key", "server.crt", "ca.crt"))
     contexts: list[Any] = []
@@ -91,7 +91,7 @@ def bare_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
 
 
 def bare_threads(pki: Path, clients: int, size: int, pipe: Connection) -> None:
-    """The other way to serve: a thread for each stream."""
+    """The other way to serve: one thread per stream."""
     payload = os.urandom(size)
     key, certificate, ca = ((pki / name).read_bytes() for name in ("server.key", "server.crt", "ca.crt"))
     turns: list[queue.SimpleQueue[None]] = []
@@ -126,7 +126,7 @@ def bare_threads(pki: Path, clients: int, size: int, pipe: Connection) -> None:
 
 
 def bare_client(pki: Path, client: int, port: int, size: int) -> None:
-    """Return the same number of bytes as received."""
+    """Returns as many bytes as it receives."""
     payload = os.urandom(size)
     key, certificate, ca = (
         (pki / name).read_bytes() for name in (f"client-{client}.key", f"client-{client}.crt", "ca.crt")
@@ -143,33 +143,33 @@ def bare_client(pki: Path, client: int, port: int, size: int) -> None:
     asyncio.run(main())
 
 
-# Ours: the messages of a training step, a backward pass and the next forward pass, without computation.
+# Ours: the messages of a backward pass and the next forward pass, without computation.
 
 
 class Idle:
-    """A worker that computes nothing: the same bytes at each forward pass."""
+    """A worker that computes nothing and sends the same bytes in each forward pass."""
 
     def __init__(self, client: int, size: int) -> None:
         self._hello = m.Hello(client=f"client-{client}", terms=TERMS, samples=ROWS, mass=ROWS)
         self._payload = os.urandom(size)
 
     def hello(self) -> m.Hello:
-        """The Hello."""
+        """The Hello message."""
         return self._hello
 
     def welcome(self, welcome: m.Welcome) -> m.Refused | None:
-        """Check the terms."""
+        """Checks the terms."""
         return agree(welcome.terms, TERMS)
 
     def handle(self, frame: Frame) -> tuple[m.Message, list[bytes]] | None:
-        """A forward pass gives the bytes."""
+        """Answers a forward pass with the bytes."""
         return (
             (m.SmashedUp(frame.message.step, ROWS), [self._payload]) if isinstance(frame.message, m.Forward) else None
         )
 
 
 class Steps:
-    """Steps of training, as the hub sees them."""
+    """The messages of training steps, as the hub exchanges them."""
 
     def __init__(self, hub: Hub, clients: int, size: int) -> None:
         self._hub, self._size, self._step = hub, size, 1
@@ -177,7 +177,7 @@ class Steps:
         self._check(hub.exchange({k: [(m.Forward(1), ())] for k in self._gradients}, deadline=PATIENCE))
 
     def take(self, count: int) -> None:
-        """So many, each client's own gradients down, its own rows up."""
+        """Takes `count` steps. Each client receives its own gradients and sends its rows."""
         for _ in range(count):
             step = self._step
             requests = {
@@ -195,12 +195,12 @@ class Steps:
 
 
 def greet(hello: m.Hello, _: str | None) -> m.Welcome | m.Refused:
-    """Admit every client with the same terms."""
+    """Admits every client with the same terms."""
     return agree(hello.terms, TERMS) or m.Welcome(int(hello.client.split("-")[1]), 1 << 16, 0, TERMS)
 
 
 def hub_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
-    """Steps when asked for; their seconds."""
+    """Takes steps on request and returns the seconds."""
     security = ServerSecurity(pki / "server.crt", pki / "server.key", pki / "ca.crt")
     hub = Hub("localhost:0", security, greet)
     pipe.send(hub.start())
@@ -218,12 +218,12 @@ def hub_server(pki: Path, clients: int, size: int, pipe: Connection) -> None:
 
 
 def hub_client(pki: Path, client: int, port: int, size: int) -> None:
-    """Answer until Bye."""
+    """Answers until Bye."""
     hub_clients(pki, [client], port, size)
 
 
 def hub_clients(pki: Path, clients: Sequence[int], port: int, size: int) -> None:
-    """Several in one process."""
+    """Several clients in one process."""
     dial_all([Dialler(f"localhost:{port}", shown(pki, k), Idle(k, size)) for k in clients])
 
 
@@ -233,22 +233,22 @@ def shown(pki: Path, client: int) -> ClientSecurity:
 
 
 def resident() -> tuple[int, int]:
-    """(present, peak) bytes of this process in memory."""
+    """(current, peak) resident bytes of this process."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
 
 
-# The comparison.
+# The comparison
 
 
 def kept(role: Callable[..., None], *args: Any) -> None:
-    """Play a role, with the allocator set up as the command line does it: for all contestants alike."""
+    """Plays a role with the allocator of the command line, for all contestants alike."""
     keep_memory()
     role(*args)
 
 
 class Contestant:
-    """A server and its clients, as processes that wait when they are not asked."""
+    """A server and its clients, as processes that wait for requests."""
 
     def __init__(
         self,
@@ -276,20 +276,20 @@ class Contestant:
         return float(self.ask(steps))
 
     def ask(self, what: int) -> Any:
-        """What the server answers."""
+        """The server's answer."""
         self.pipe.send(what)
         return self._receive()
 
     def processor_seconds(self) -> float:
-        """The CPU seconds of all its processes so far."""
+        """CPU seconds of all its processes so far."""
         fields = [
             Path(f"/proc/{p.pid}/stat").read_text(encoding="utf-8").rsplit(")")[-1].split() for p in self._processes
         ]
         return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
-        """End the processes."""
-        for process in reversed(self._processes):  # clients first: they need not dial again
+        """Ends the processes."""
+        for process in reversed(self._processes):  # clients first, so they do not dial again
             process.kill()
             process.join()
 
@@ -300,7 +300,7 @@ class Contestant:
 
 @contextmanager
 def certificates(clients: int) -> Iterator[Path]:
-    """A folder with an authority, the server's and the clients' certificates."""
+    """A folder with an authority and certificates of the server and the clients."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_ca(folder)
@@ -311,7 +311,7 @@ def certificates(clients: int) -> Iterator[Path]:
 
 
 def exchange(pki: Path, clients: int, size: int, seconds: float) -> dict[str, Any]:
-    """One line of the table: blocks of steps by turns, in both orders; the reference is the faster of the bare ones."""
+    """One line of the table. Contestants take turns in both orders, and the reference is the faster bare server."""
     roles = {
         "loop": (bare_server, bare_client),
         "threads": (bare_threads, bare_client),
@@ -321,7 +321,7 @@ def exchange(pki: Path, clients: int, size: int, seconds: float) -> dict[str, An
     try:
         for name, (server, client) in roles.items():
             all_three[name] = Contestant(server, client, pki, clients, size)
-        steps = max(2, round(0.2 / min(c.seconds(5) / 5 for c in all_three.values())))  # a fifth of a second
+        steps = max(2, round(0.2 / min(c.seconds(5) / 5 for c in all_three.values())))  # for 0.2 seconds
         times: dict[str, list[float]] = {name: [] for name in roles}
         for contestant in all_three.values():
             contestant.seconds(steps)
@@ -348,7 +348,7 @@ def exchange(pki: Path, clients: int, size: int, seconds: float) -> dict[str, An
 
 
 def memory(pki: Path, clients: int, size: int) -> dict[str, Any]:
-    """One line of the table: the memory of ten steps in addition to that of the server's process before the first."""
+    """One line of the table: memory of ten steps, beyond that of the server's process before the first."""
     ours = Contestant(hub_server, hub_client, pki, clients, size)
     try:
         before, _ = ours.ask(MEMORY)
@@ -368,7 +368,7 @@ def memory(pki: Path, clients: int, size: int) -> dict[str, Any]:
 
 
 def enrolled(pki: Path, clients: int, size: int, processes: int) -> dict[str, Any]:
-    """One line of the table: steps over so many clients, all streams open all the time."""
+    """One line of the table: steps with many clients whose streams are all open."""
     begin = time.monotonic()
     ours = Contestant(hub_server, hub_clients, pki, clients, size, processes)
     try:
@@ -388,7 +388,7 @@ def enrolled(pki: Path, clients: int, size: int, processes: int) -> dict[str, An
     }
 
 
-# Training: server and clients with models and data, one after another as in a real run.
+# Training: a server and clients with models and data, as in a real run.
 
 
 def lenet() -> nn.Module:
@@ -421,7 +421,7 @@ def training_config(clients: int) -> RunConfig:
 
 
 def training_server(pki: Path, clients: int, _: int, pipe: Connection) -> None:
-    """Steps of training when asked for; their seconds."""
+    """Trains steps on request and returns the seconds."""
     torch.set_num_threads(1)
     config = training_config(clients)
     security = ServerSecurity(pki / "server.crt", pki / "server.key", pki / "ca.crt")
@@ -430,7 +430,7 @@ def training_server(pki: Path, clients: int, _: int, pipe: Connection) -> None:
 
     def endless() -> Iterator[Any]:
         for index in itertools.count():
-            this = training.clients.begin_round(index, 1000, 1.0)  # as many as the clients know of
+            this = training.clients.begin_round(index, 1000, 1.0)  # the number of rounds in the clients' configuration
             yield from training.algorithm.round(training.server, training.clients, this)
 
     pipe.send(hub.start())
@@ -448,13 +448,13 @@ def training_clients(pki: Path, clients: Sequence[int], port: int, _: int) -> No
     """Several clients in one process, with their data and models."""
     torch.set_num_threads(1)
     config = training_config(TRAINING_CLIENTS)
-    source = load_source(config, None)  # once for all of them
+    source = load_source(config, None)  # loaded once for all of them
     workers = [worker_of(config, k, name=client_name(k), model=lenet, data=source) for k in clients]
     dial_all([Dialler(f"localhost:{port}", shown(pki, k), worker) for k, worker in zip(clients, workers, strict=True)])
 
 
 def training(pki: Path, processes: int) -> dict[str, Any]:
-    """One line of the table: samples that all clients together train on, per second of wall time."""
+    """One line of the table: trained samples of all clients per second of wall time."""
     ours = Contestant(training_server, training_clients, pki, TRAINING_CLIENTS, 0, processes)
     try:
         ours.seconds(5)
@@ -475,7 +475,7 @@ def training(pki: Path, processes: int) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The name of the processor, if the system provides it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -483,7 +483,7 @@ def processor() -> str:
 
 
 def table(title: str, rows: Iterator[dict[str, Any]], lines: list[str]) -> None:
-    """Print rows as they come, and keep them."""
+    """Prints rows as they are measured, and collects them."""
     lines += ["", title, ""]
     print(f"\n{title}\n", flush=True)
     for number, row in enumerate(rows):
@@ -496,7 +496,7 @@ def table(title: str, rows: Iterator[dict[str, Any]], lines: list[str]) -> None:
 
 
 def main() -> None:
-    """Measure and print, row by row."""
+    """Measures and prints row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", help="exchange, memory, enrolled, training; all where none is named")
     parser.add_argument("--seconds", type=float, default=20.0, help="seconds per line of the exchange")

@@ -14,7 +14,7 @@ def data(path: str, tested: int) -> Source:
 
 
 def accuracy(run: Run) -> float:
-    """Train, to the test accuracy at the end, in percent; nan if it ended with numbers that are not finite."""
+    """The test accuracy at the end of training, in percent; nan if numbers became infinite or NaN."""
     try:
         score = run.run().test_score
     except NonFiniteError:

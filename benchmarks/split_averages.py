@@ -40,18 +40,18 @@ from cutlayer.verbs import BACKWARD, FORWARD
 
 MARK = "<!-- averages -->"
 SKEWS = ("2 shards", "Dirichlet 0.1")
-ALIKE = 0.7  # cosine of two clients' shares of classes from which on they are similar
+ALIKE = 0.7  # clients are similar if the cosine of their shares of classes is at least this
 
 
 class Grouped(Sgl):
-    """SplitAvg over groups of rows: every row gets its group's mean."""
+    """SplitAvg over groups of rows: every row gets the mean of its group."""
 
     def groups(self, smashed: Smashed) -> Tensor:
-        """Which group each row belongs to, [R]."""
+        """The group of each row, [R]."""
         raise NotImplementedError
 
     def split_average(self, gradient: Rows, smashed: Smashed, active: tuple[int, ...]) -> CutGradients:
-        """The means over the rows of each group, of all clients."""
+        """The mean of each group over the rows of all clients."""
         of, groups = torch.unique(self.groups(smashed), return_inverse=True)
         each = own(gradient, smashed, self.gradient_scale)
         count = groups.bincount().to(each.own[0].dtype)
@@ -75,19 +75,20 @@ class ByClass(Grouped):
     "similar", title="SplitAvg of similar clients", summary="SplitAvg among similar clients", needs={FORWARD, BACKWARD}
 )
 class Similar(Grouped):
-    """SplitAvg row by row among clients with similar labels: of each client's labels so far, the server knows how often
-    each came; clients whose shares have a cosine of `ALIKE` are in a group, and so are those that such pairs connect.
+    """SplitAvg, row by row, among clients with similar labels in the step.
+
+    Clients are in a group if the cosine of their shares of classes is at least `ALIKE`, or if such pairs connect them.
     """
 
     def groups(self, smashed: Smashed) -> Tensor:
-        """The number of the row in its batch, and the client's group."""
+        """The number of the row in its batch, combined with the client's group."""
         classes = int(smashed.labels.max()) + 1
         seen = torch.stack([p.bincount(minlength=classes) for p in smashed.labels.split(list(smashed.sizes))]).double()
         shares = functional.normalize(seen, dim=1)
         near = (shares @ shares.T >= ALIKE).double()
         for _ in range(len(near).bit_length()):
             near = (near @ near > 0).double()
-        group = near.argmax(1)  # the first of those that are connected
+        group = near.argmax(1)  # the first of the connected clients
         rows = torch.cat([torch.arange(size) for size in smashed.sizes])
         return group.repeat_interleave(torch.tensor(smashed.sizes)) * max(smashed.sizes) + rows
 
@@ -99,12 +100,12 @@ GIVEN = {
     "SplitAvg by class": "one gradient for each class",
     "SplitAvg of similar clients": "one for each group of similar clients, averaged row by row",
 }
-LIKE = {"PSL": "PSL", "SplitAvg": "SGL, phi 1", **dict.fromkeys(OWN, "SGL, phi 1")}  # whose configuration they have
+LIKE = {"PSL": "PSL", "SplitAvg": "SGL, phi 1", **dict.fromkeys(OWN, "SGL, phi 1")}  # the configurations that they use
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, but for its rate and seed."""
+    """One training, without its rate and seed."""
 
     way: str
     skew: str
@@ -113,14 +114,14 @@ class Cell:
 
 @dataclass
 class Scores:
-    """Accuracies in percent on validation and test data, those of `file` among them, where new ones are kept."""
+    """Accuracies in percent on validation and test data. `file` contains earlier ones and receives new ones."""
 
     study: Study
     file: Path | None
     known: dict[str, tuple[float, float]]
 
     def of(self, cell: Cell, rate: float, seed: int) -> tuple[float, float]:
-        """Train once, unless that is done."""
+        """Trains once, unless the result is known."""
         key = json.dumps([*asdict(cell).values(), rate, seed])
         if key not in self.known:
             self.known[key] = self._trained(cell, rate, seed)
@@ -143,13 +144,13 @@ class Scores:
         return 100 * last.validation_score, 100 * last.test_score
 
     def tuned(self, cell: Cell) -> float:
-        """The rate with the best validation accuracy with two shards, on a seed of its own."""
+        """The rate with the best validation accuracy with two shards, on a separate seed."""
         size = self.study.extent
         return max(size.rates, key=lambda rate: self.of(replace(cell, skew=SKEWS[0]), rate, size.tuning_seed)[0])
 
 
 def table(scores: Scores, seeds: Sequence[int]) -> Iterator[str]:
-    """A line for each way: its rate, and its accuracy in each kind of skew."""
+    """A line for each way, with its rate and its accuracy for each kind of skew."""
     yield f"| the clients get | logits | rate | {' | '.join(SKEWS)} |"
     yield "|---|---|---|---|---|"
     for way, adjusted in ((w, a) for w in LIKE for a in (False, True)):
@@ -162,7 +163,7 @@ def table(scores: Scores, seeds: Sequence[int]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Train everything; print the table, or write it to a page."""
+    """Trains everything and prints the table or writes it to a page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="fashion-mnist")

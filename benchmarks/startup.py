@@ -1,9 +1,9 @@
-"""What a run costs before and beside its training: the first step, memory, clients, evaluation.
+"""The costs of a run besides its training: the first step, memory, clients, evaluation.
 
     python benchmarks/startup.py [first] [imports] [memory] [growth] [evaluation] [--write docs/benchmarks.md]
 
-Every figure is of a process of its own with one thread: CPU seconds of the process, its resident memory in MB.
-`--source DIR` measures another version's `src` folder, for a comparison.
+Every figure is measured in its own process with one thread, in CPU seconds and MB of resident memory. `--source DIR`
+measures another version's `src` folder, for a comparison.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ PICTURE = (1, 28, 28)
 
 
 def resident() -> int:
-    """MB of this process in memory."""
+    """Resident memory of this process in MB."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def peak() -> int:
-    """The most MB of this process in memory so far."""
+    """Peak resident memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-# What is measured, each in a process of its own: the arguments come as JSON, what is returned goes as JSON.
+# What is measured, each in its own process. Arguments and results are passed as JSON.
 
 
 def first_step(**_: Any) -> list[Any]:
-    """[stage, CPU seconds since the process began, MB] up to the first training step on tensors of one's own."""
+    """[stage, CPU seconds since the process began, MB] up to the first training step on the user's tensors."""
     stages = [("Python", time.process_time(), resident())]
 
     def reached(stage: str) -> None:
@@ -65,7 +65,7 @@ def first_step(**_: Any) -> list[Any]:
 
 
 def command(**_: Any) -> list[Any]:
-    """[stage, CPU seconds since the process began, MB] of `cutlayer run` on the digits, one epoch."""
+    """[stage, CPU seconds since the process began, MB] of `cutlayer run` on digits for one epoch."""
     from cutlayer import cli
 
     stages = [("Python and the command line", time.process_time(), resident())]
@@ -119,12 +119,12 @@ def lenet() -> Any:
 
 
 def model(name: str) -> dict[str, Any]:
-    """A model's options of a run."""
+    """The options of a run that choose the model."""
     return {"model": lenet, "cut": "block1"} if name == "lenet" else {"model": name}
 
 
 def pictures(rows: int) -> Any:
-    """Random pictures like Fashion-MNIST's, and their classes."""
+    """Random pictures with the shape of Fashion-MNIST's, and classes."""
     import torch
 
     return torch.randn(rows, *PICTURE), torch.arange(rows) % 10
@@ -151,7 +151,7 @@ def loop(*, clients: int, batch: int, steps: int, **_: Any) -> int:
 
 
 def ours(*, clients: int, batch: int, steps: int, **options: Any) -> int:
-    """Peak MB of the same as a run."""
+    """Peak MB of the same training as a run."""
     import cutlayer
 
     x, y = pictures(clients * batch * steps)
@@ -183,7 +183,7 @@ def growth(*, clients: int, steps: int, **_: Any) -> float:
 
 
 def evaluation(*, name: str, clients: int, rows: int, tests: int, epochs: int, **_: Any) -> dict[str, Any]:
-    """CPU seconds of the whole run, of evaluations before the last one, and of the last one."""
+    """CPU seconds of the whole run, of the evaluations before the last one, and of the last one."""
     import cutlayer
     from cutlayer.run import Run
 
@@ -214,14 +214,14 @@ def evaluation(*, name: str, clients: int, rows: int, tests: int, epochs: int, *
 MEASURED: dict[str, Callable[..., Any]] = {f.__name__: f for f in (first_step, command, loop, ours, growth, evaluation)}
 
 
-# The tables
+# Tables
 
 
 class Bench:
-    """Measures in processes of their own."""
+    """Measures in separate processes."""
 
     def __init__(self, source: Path | None, repeats: int, where: Path) -> None:
-        """The package is copied to `where` and compiled there, as an installation compiles it."""
+        """Copies the package to `where` and compiles it there, as an installation does."""
         found = importlib.util.find_spec("cutlayer")
         assert found is not None, "the package is installed"
         assert found.origin is not None, "as files"
@@ -232,14 +232,14 @@ class Bench:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(where)}
 
     def run(self, what: str, *flags: str, keep: str = "1", **arguments: Any) -> tuple[Any, str]:
-        """(what it returns, what the process writes to its error stream)."""
+        """(the result, the error stream of the process)."""
         words = [sys.executable, *flags, __file__, "--one", what, json.dumps(arguments)]
         environment = {**self.environment, "CUTLAYER_KEEP_MEMORY": keep}
         done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
     def stages(self, what: str) -> list[str]:
-        """A table of the stages: the fastest of the repeats."""
+        """A table of stages, from the fastest repeat."""
         found = min((self.run(what)[0] for _ in range(self.repeats)), key=lambda stages: stages[-1][1])
         lines = ["| stage | CPU seconds | in all | resident MB |", "|---|---|---|---|"]
         before = 0.0
@@ -279,7 +279,7 @@ class Bench:
         return lines
 
     def growth(self) -> list[str]:
-        """Cost per sample as clients are added."""
+        """Cost per sample for growing numbers of clients."""
         lines = ["CPU microseconds per sample from Python (CNN, SGLR, b = 8):", ""]
         lines += ["| clients | memory kept (the default) | `CUTLAYER_KEEP_MEMORY=0` |", "|---|---|---|"]
         for clients, steps in ((10, 200), (100, 40), (1000, 10)):
@@ -291,7 +291,7 @@ class Bench:
         return lines
 
     def evaluation(self) -> list[str]:
-        """How much of a run evaluation takes by default."""
+        """The share of evaluation in a run with the default intervals."""
         lines = [
             "Evaluation's share of a run's CPU time, with the default pace (10 clients x 600 rows, b = 32):",
             "",
@@ -326,7 +326,7 @@ TABLES: dict[str, Callable[[Bench], list[str]]] = {
 
 
 def main() -> None:
-    """Print the tables, or write them to a page."""
+    """Prints the tables or writes them to a page."""
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(MEASURED[sys.argv[2]](**json.loads(sys.argv[3]))))
         return

@@ -43,7 +43,7 @@ OPTIONS: dict[str, Any] = {
 
 
 class Watch:
-    """The lines of this package that run while it is `on`, in all threads, by file; functions in the order of entry."""
+    """Executed lines of this package while `on` is set, by file, in all threads; functions in the order of entry."""
 
     def __init__(self) -> None:
         self.on = False
@@ -52,7 +52,7 @@ class Watch:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """For this thread, and for those that begin from now on."""
+        """Watches this thread and those that start later."""
         threading.settrace(self._enter)
         sys.settrace(self._enter)
         try:
@@ -79,13 +79,13 @@ class Watch:
 
     @property
     def count(self) -> int:
-        """Distinct lines."""
+        """The number of distinct lines."""
         return sum(map(len, self.lines.values()))
 
 
 @contextmanager
 def run_of(engine: str) -> Iterator[Run]:
-    """A run that has not begun. Remote clients dial from a thread of this process, over gRPC without TLS."""
+    """A run before its first step. Remote clients dial in from a thread of this process, over gRPC without TLS."""
     if engine != "remote":
         yield Run(RunConfig(engine=engine, **OPTIONS))
         return
@@ -103,7 +103,7 @@ def run_of(engine: str) -> Iterator[Run]:
 
 
 def watched(engine: str) -> Watch:
-    """The second step of a run."""
+    """What the second step of a run executes."""
     watch = Watch()
     with watch.installed(), run_of(engine) as run:
         records = iter(run)
@@ -115,7 +115,7 @@ def watched(engine: str) -> Watch:
 
 
 def main() -> None:
-    """Print what is asked for."""
+    """Prints the requested tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
     parser.add_argument("--files", action="store_true", help="lines of each file")

@@ -1,12 +1,13 @@
-"""A decoder of Llama-2-7B's shape in plain torch: 6.7 billion parameters. It is made for `cutlayer plan`, which builds
-it on torch's meta device, where it takes no memory:
+"""A decoder of Llama-2-7B's shape in plain torch with 6.7 billion parameters.
+
+It is made for `cutlayer plan`, which builds it on torch's meta device, where it takes no memory:
 
     cutlayer plan --model examples/seven_billion.py:model --cut blocks.1 --input 2048 --input-type int64 \\
         --precision bfloat16 --clients 1000000 --samples-per-client 100 --batch 1 \\
         --client-device jetson-orin-nano --link lte --server-device h100
 
-The plan takes the server's rate in bfloat16, 989 TFLOP/s, so that an epoch of SGLR takes 94.6 days: 99.95 % of them are
-the server's. No rate in bfloat16 is known for the clients' device, so that its float32 rate is used, as a note says.
+The plan uses the server's rate in bfloat16, 989 TFLOP/s. An epoch of SGLR takes 94.6 days, and the server computes for
+99.95% of them. For the clients' device, no rate in bfloat16 is known, so its float32 rate is used, which a note states.
 
 Shape legend: R rows of the batch, n tokens of a row, d width, h heads.
 """
@@ -41,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward layer (SwiGLU), each on top of what came in: [R, n, d] -> [R, n, d]."""
+    """Attention and a gated feed-forward layer (SwiGLU), each added to its input: [R, n, d] -> [R, n, d]."""
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotary positions: pairs of numbers of [R, h, n, d / h], turned by angles that grow with the position."""
+    """Rotary positions: rotates pairs of numbers of [R, h, n, d / h] by angles that grow with the position."""
     half = x.shape[-1] // 2
     rates = 10000.0 ** (-torch.arange(half, device=x.device) / half)  # [d / 2h]
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] * rates  # [n, d / 2h]

@@ -1,9 +1,9 @@
-"""A federation on this machine alone: one SuperLink, three SuperNodes, one run; then its table, and all is stopped.
+"""A federation on this machine: one SuperLink, three SuperNodes and one run. Prints a table and stops everything.
 
     python run.py [--run-config "rounds=9"] [--folder FOLDER] [--nodes 3] [--timeout 300]
 
-Everything listens on loopback, at ports that are free, and keeps its files in FOLDER (a new one by default). Flower's
-telemetry and its look for updates are switched off. The exit status is 0 if the run has completed.
+All processes listen on loopback at free ports and write their files to FOLDER (a new folder by default). Flower's
+telemetry and its check for updates are disabled. The exit status is 0 if the run has completed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ out = Console()
 
 
 class Federation:
-    """The processes of one federation. Use as a context manager: at its end all of them are stopped."""
+    """The processes of a federation. A context manager, which stops them at its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -60,7 +60,7 @@ class Federation:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        # An app that still has something to tell a node that is gone would try for ever: it gets time to tidy up.
+        # An app would try forever to reach a node that is gone, so it is killed after some time to clean up.
         end = time.monotonic() + 15
         while any(map(group_lives, self.processes)) and time.monotonic() < end:
             time.sleep(0.2)
@@ -69,7 +69,7 @@ class Federation:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """Start a process in the folder, with its output in a file of that name."""
+        """Starts a process in the folder, with its output in `name`.log."""
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [BIN / command[0], *command[1:]],
@@ -77,13 +77,13 @@ class Federation:
                 env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                process_group=0,  # with all that it starts
+                process_group=0,  # includes all processes that it starts
             )
         self.processes.append(process)
         return process
 
     def superlink(self, until: float) -> None:
-        """Start the SuperLink, wait until it answers, and tell `flwr` where it is: as "local"."""
+        """Starts the SuperLink, waits until it answers, and registers it in `flwr`'s configuration as "local"."""
         command = ("flower-superlink", "--insecure", "--disable-runtime-dependency-installation")
         process = self.start("superlink", *command, "--host", LOOPBACK, "--port", str(self.port))
         while not answers(f"http://{LOOPBACK}:{self.port}/health"):
@@ -94,13 +94,13 @@ class Federation:
         (self.folder / "flwr" / "config.toml").write_text(tomli_w.dumps({"superlink": link}))
 
     def supernode(self, number: int, config: str = "") -> None:
-        """Start a SuperNode with this `--node-config`; what it runs for us is in its log."""
+        """Starts a SuperNode with this `--node-config`. Its log includes the app that it runs."""
         where = ("--superlink", f"{LOOPBACK}:{self.port}", "--host", LOOPBACK, "--port", str(free_port()))
         own = ("--node-config", config) if config else ()
         self.start(f"supernode-{number}", "flower-supernode", "--insecure", *where, *own)
 
     def flwr(self, *words: str, until: float, quiet: bool = False) -> str:
-        """One command of Flower's, to its end; what it prints, where that is not shown."""
+        """Runs a `flwr` command until it ends. Returns its output if `quiet`."""
         process = subprocess.Popen(
             [BIN / "flwr", *words],
             cwd=self.folder,
@@ -121,7 +121,7 @@ class Federation:
 
 
 def main() -> None:
-    """Start, run, wait, show, stop."""
+    """Starts the federation, runs the app, shows the result, and stops everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-config", action="append", default=[], help="options over those in pyproject.toml")
     parser.add_argument("--folder", type=Path)
@@ -130,7 +130,7 @@ def main() -> None:
     words = parser.parse_args()
     folder = (words.folder or Path(tempfile.mkdtemp(prefix="cutlayer-flower-"))).resolve()
     until = time.monotonic() + words.timeout
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: everything is stopped
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops everything, like Ctrl-C
     with Federation(folder) as federation:
         federation.superlink(until)
         for number in range(words.nodes):
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def show(folder: Path) -> None:
-    """The result, and what each client did."""
+    """Prints the result and a line for each client."""
     result = json.loads((folder / "result.json").read_text())
     clients = json.loads((folder / "clients.json").read_text())
     table = Table(title=f"{result['algorithm']}: test accuracy {result['test_score']:.2%} in {result['steps']} steps")
@@ -161,7 +161,7 @@ def show(folder: Path) -> None:
 
 
 def group_lives(process: subprocess.Popen[bytes]) -> bool:
-    """Is there still something that `process` has started?"""
+    """Whether processes that `process` has started still exist."""
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
@@ -170,7 +170,7 @@ def group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 
 def free_port() -> int:
-    """A port of this machine's loopback that nobody has now."""
+    """A free port on loopback."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
@@ -178,7 +178,7 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Does somebody answer there, and well?"""
+    """Whether a server answers there with status 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return bool(response.status == 200)

@@ -1,13 +1,14 @@
-"""EchoPSL: parallel split learning whose server trains again on smashed data that it has kept.
+"""EchoPSL: parallel split learning in which the server trains again on smashed data that it has kept.
 
 One step:
     1. every client i, in parallel: s_i = f(w_ci, x_i); upload (s_i, y_i)
     2. server: ONE loss on the concatenated rows; w_s <- w_s - eta_s g_s
     3. every client i: back-propagate its own cut gradient; w_ci <- w_ci - eta_c g_ci
-    4. server, while the clients go on: a few more steps, each on as many rows, drawn from those of the last steps
+    4. server, while the clients continue: a few more steps, each on equally many rows, drawn from the last steps
 
-The rows of earlier steps were made by earlier client models; those of the same round are not far off. Client models are
-never exchanged, and no byte more crosses. Without step 4 it is PSL. The idea is experience replay (arXiv 1811.11682).
+Rows of earlier steps come from earlier client models, which differ little within a round. Client models are never
+exchanged, and no additional bytes cross. Without step 4, the algorithm is PSL. The idea is experience replay (arXiv
+1811.11682).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from cutlayer.verbs import BACKWARD, FORWARD
     colour="#8c564b",
 )
 class EchoPsl(Algorithm):
-    """Parallel split learning with a server that remembers."""
+    """Parallel split learning with a server that keeps rows."""
 
     memory: int = option(4, ge=1, shared=False)
     """Steps of the round whose rows are kept, the last one among them."""
@@ -48,7 +49,7 @@ class EchoPsl(Algorithm):
     """Further steps of the server after each step, on as many rows."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
-        """One round (a local epoch) of EchoPSL. What is kept ends with it."""
+        """One round (a local epoch) of EchoPSL. Kept rows are discarded at its end."""
         kept: deque[Smashed] = deque(maxlen=self.memory)
         for turn in count():
             if not (smashed := clients.forward()):
@@ -62,12 +63,12 @@ class EchoPsl(Algorithm):
             yield report(step, smashed)
 
     def traffic(self, epoch: Epoch) -> Traffic:
-        """As PSL; the server goes through more rows."""
+        """The same as PSL, but the server processes more rows."""
         return Traffic("steps", server_passes=1.0 + self.echoes)
 
 
 def drawn(kept: Sequence[Smashed], count: int, draw: torch.Generator) -> tuple[Rows, Tensor]:
-    """`count` of the rows of several steps, all different, and their labels."""
+    """`count` different rows from several steps, and their labels."""
     rows: Rows = tuple(torch.cat(parts) for parts in zip(*(smashed.rows for smashed in kept), strict=True))
     labels = torch.cat([smashed.labels for smashed in kept])
     at = torch.randperm(len(labels), generator=draw)[:count].sort().values

@@ -1,4 +1,4 @@
-"""Three lines prove what all algorithms promise; the rest is what the rule says."""
+"""The first test makes the general checks of all algorithms. The others test this algorithm's rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cutlayer.types import Smashed
 
 @pytest.mark.parametrize("options", [{}, {"memory": 1, "echoes": 2}])
 def test_it_keeps_what_all_algorithms_promise(options: dict[str, object]) -> None:
-    """On every engine; one client is not plain gradient descent, since the server trains again."""
+    """In every engine. One client is not plain gradient descent, since the server trains again."""
     check_algorithm(EchoPsl, one_client_is_sgd=False, **options)
 
 
@@ -25,7 +25,7 @@ def net() -> nn.Module:
 
 
 def trained(algorithm: object, sizes: tuple[int, ...] = (9, 6, 10), **options: object) -> tuple[list[float], Tensor]:
-    """Losses, and a weight of the server's."""
+    """The losses, and a weight of the server."""
     run = Run(
         algorithm=algorithm,
         model=net(),
@@ -45,7 +45,7 @@ def trained(algorithm: object, sizes: tuple[int, ...] = (9, 6, 10), **options: o
 
 
 def test_without_echoes_it_is_psl() -> None:
-    """Bit for bit, over several steps and clients of unequal sizes."""
+    """Equal bit for bit over several steps, with clients of unequal sizes."""
     psl, silent = trained("psl"), trained(EchoPsl, echoes=0)
     assert psl[0] == silent[0]
     assert torch.equal(psl[1], silent[1])
@@ -53,20 +53,20 @@ def test_without_echoes_it_is_psl() -> None:
 
 
 def test_the_first_step_is_that_of_psl() -> None:
-    """Its loss, since echoes come after it; the second one is not."""
+    """Echoes come after the loss of the first step, so only later losses differ."""
     psl, echo = trained("psl")[0], trained(EchoPsl)[0]
     assert psl[0] == echo[0]
     assert psl[1] != echo[1]
 
 
 def test_it_remembers_so_many_steps() -> None:
-    """Memory matters as soon as there is something to remember; within one step there is not."""
+    """The memory has an effect only if rounds have several steps."""
     assert trained(EchoPsl, memory=1)[0] != trained(EchoPsl, memory=2)[0]
     assert trained(EchoPsl, (4, 4), memory=1)[0] == trained(EchoPsl, (4, 4), memory=9)[0]
 
 
 def test_rows_keep_their_labels() -> None:
-    """As many as asked for, all different."""
+    """The rows have the requested number and are all different."""
     steps = [
         Smashed((torch.arange(4 * i, 4 * i + 4).float().view(4, 1),), torch.arange(4 * i, 4 * i + 4), (0,), (4,))
         for i in range(3)
