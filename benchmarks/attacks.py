@@ -59,7 +59,7 @@ def attacks_on(algorithm: str) -> list[str]:
 
 
 def accuracy(source: Source, algorithm: str, attack: str, defence: dict[str, Any], seed: int, **options: Any) -> float:
-    """The score of a run, in percent; nan if it ended with numbers that are not finite."""
+    """The score of a run in percent; nan if numbers became infinite or NaN."""
     alone = attack.startswith("only ")
     named = (attack,) if attack and not alone else ()
     options |= {"clients": int(attack.removeprefix("only "))} if alone else {}

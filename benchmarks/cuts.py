@@ -1,10 +1,10 @@
 """Which models `cutlayer.cut` can cut, how, and which engine runs the parts. Writes the table of docs/models.md.
 
-    python benchmarks/cuts.py --write docs/models.md     # all; minutes
-    python benchmarks/cuts.py llama swin                 # those whose names contain one of the words
+    python benchmarks/cuts.py --write docs/models.md     # all models; takes minutes
+    python benchmarks/cuts.py llama swin                 # models with one of these words in their names
 
-The models are made in `architectures.py`, in small configurations with random weights: nothing is downloaded. Those of
-Hugging Face need `pip install 'cutlayer[huggingface]'`, and are left out without it.
+`architectures.py` makes the models with small sizes and random weights, so nothing is downloaded. Models of Hugging
+Face need `pip install 'cutlayer[huggingface]'` and are left out without it.
 """
 
 from __future__ import annotations

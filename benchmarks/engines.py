@@ -1,5 +1,4 @@
-"""How fast the engines simulate: interleaved in one process, medians of paired ratios to two references measured in the
-same run, the worst cells first.
+"""The speed of the simulation engines, as paired ratios to two references in the same process.
 
     ceiling   centralised training of the same model on the union batch (C x b rows; ssl: the b rows of a step)
     loop      the same algorithm as a good engineer would write it by hand (loops.py)
@@ -11,13 +10,14 @@ same run, the worst cells first.
     python benchmarks/engines.py --profile "lenet5 sglr C=10 b=32"
     python benchmarks/engines.py --compare BEFORE.jsonl AFTER.jsonl
 
-On the CPU: CPU seconds of the process on one thread, so that other programs on the machine have little effect; freed
-memory is kept in the process (cutlayer.allocator) for all contestants alike. On CUDA: seconds, including the wait for
-the device.
+Contestants take turns. The table shows medians and quartiles of the ratios, the worst cells first. On the CPU, times
+are CPU seconds of the process on one thread, so other programs on the machine have little effect. For all contestants,
+freed memory is kept in the process (cutlayer.allocator). On CUDA, times are seconds and include the wait for the
+device.
 
-The cells (`cells`): every model with SGLR and SGD at every (C, b) of SIZES; every light model with the
-other algorithms at (10, 8) and (100, 8); every model with momentum and Adam at (10, 32), the MLP at every size; the
-growth to C = 1000; FedAvg and SplitFed V1 averaged at each step. Cells of more than LIMIT GFLOP a step are left out,
+The cells (`cells`) are: every model with SGLR and SGD at every (C, b) of SIZES; every light model with the other
+algorithms at (10, 8) and (100, 8); every model with momentum and Adam at (10, 32), and the MLP at every size; growth to
+C = 1000; and FedAvg and SplitFed V1, averaged at each step. Cells of more than LIMIT GFLOP per step are left out,
 except for each model's (10, 32) with SGD.
 """
 

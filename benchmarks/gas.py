@@ -1,13 +1,14 @@
-"""GAS against synchronous learning under label skew, with clients of unequal speed: the shape of its paper's table 1.
+"""GAS compared with synchronous learning under label skew and with clients of unequal speed, as in its paper's table 1.
 
     python benchmarks/gas.py [--seeds 0 1 2] [--skews NAME ...] [--rounds N] [--json FILE] [--write FILE]
 
-20 clients share Fashion-MNIST by shards (two classes each) or by a Dirichlet distribution of 0.1; ten of them work at a
-time, 20 local steps of 32 rows, SGD with momentum 0.9, rate 0.01, weight decay 0.0005 and gradients clipped at 10. A
-round is one averaging, as an iteration of the authors' script. A fifth of the clients compute ten times more slowly
-than the others. Scores are the accuracy on the first test images, at the end.
+20 clients share Fashion-MNIST by shards (two classes each) or by a Dirichlet distribution of 0.1. Ten of them work at a
+time, for 20 local steps of 32 rows, with SGD (momentum 0.9, rate 0.01, weight decay 0.0005) and gradients clipped at
+10. A round is one averaging, like an iteration of the authors' script. A fifth of the clients are ten times as slow as
+the others. Scores are the accuracy on the first test images at the end.
 
-The paper has an AlexNet and 1000 rounds. Here it is a small CNN and fewer rounds, which two cores can train.
+The paper trains an AlexNet for 1000 rounds. This benchmark uses a small CNN and fewer rounds, which two cores can
+train.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]  # (parameters, lr=...)
 class Given:
     """The start of a loop.
 
-    A client's `batch` has b rows. `batches` are the rows [R, ...] and targets of each step, client after client; if
-    clients take turns, those of one client, whose number is in `turns`. `active` are the clients that share a cut
-    gradient in each step, `orders` the order in which a server visits them. `server_lr` is the server's rate; clients
-    are averaged after `local_steps` steps.
+    A client's `batch` has b rows. `batches` has the rows [R, ...] and targets of each step, client by client. If
+    clients take turns, a step has the rows of one client, whose number is in `turns`. `active` lists the clients that
+    share a cut gradient in each step, and `orders` the order in which a server visits them. `server_lr` is the server's
+    rate. Clients are averaged after `local_steps` steps.
     """
 
     client: nn.Sequential

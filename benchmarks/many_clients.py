@@ -1,12 +1,12 @@
-"""Clients whose states are in memory or on disk: seconds per round, a checkpoint, and the peak of memory.
+"""Clients whose states are in memory or on disk: seconds per round, seconds per checkpoint, and peak memory.
 
     python benchmarks/many_clients.py [--clients 1000 10000 100000] [--repeats 3] [--json FILE]
         [--write docs/many-clients.md]
 
-PSL with Adam; 100 clients take part in each round, with one batch of two rows. So rounds of all sizes compute the same,
-and costs that grow with the number of clients become visible. Each run is a separate process with one thread; runs in
-memory and on disk take turns. A round's time is that of its training; a checkpoint's lies between the end of a round's
-training and the beginning of the next one's.
+PSL with Adam. In each round, 100 clients take part with one batch of two rows, so all rounds compute the same, and
+costs that grow with the number of clients become visible. Each run is a separate process with one thread. Runs in
+memory and on disk take turns. The time of a round is that of its training. The time of a checkpoint is that between the
+end of a round's training and the beginning of the next.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The paper's ResNet16 with SplitAvg for all clients: does batch norm explain that phi 1 fails there?
+"""The paper's ResNet16 with SplitAvg for all clients: does batch norm explain why phi 1 fails there?
 
     python benchmarks/norms.py [--seeds 0 1] [--cells 12] [--json FILE] [--write docs/batch-norm.md]
 
-Clients hold 500 samples of Fashion-MNIST each. ResNet16 is trained as SGLR trains it (Adam, rate 0.001, batch 8), with
-{batch norm, group norm, frozen statistics} x phi {0, 0.5, 1} x alpha {0, 1} x C {5, 10}, and with SplitAvg over clients
-and rows. Frozen statistics are those of normally distributed noise in the untrained network: a batch norm that does not
-use any batch. Scores are the mean over the clients' models of the accuracy on the first 1000 test images, at the end.
+Clients have 500 samples of Fashion-MNIST each. ResNet16 is trained by SGLR (Adam, rate 0.001, batch 8) with {batch
+norm, group norm, frozen statistics} x phi {0, 0.5, 1} x alpha {0, 1} x C {5, 10}, and with SplitAvg over clients and
+rows. Frozen statistics are a batch norm that uses no batch: they are taken from normally distributed noise in the
+untrained network. Scores are the mean accuracy of the clients' models on the first 1000 test images at the end.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ MODELS = {"batch": batch, "group": group, "frozen": frozen}
 
 
 def accuracy(source: Source, cell: Cell, seed: int, epochs: int, samples: int) -> float:
-    """The score of a run, in percent; nan if it ended with numbers that are not finite."""
+    """The score of a run in percent; nan if numbers became infinite or NaN."""
     reading = {"average_over": cell.over} if cell.phi else {}
     run = Run(
         algorithm="sglr",

@@ -272,7 +272,7 @@ class Contestant:
         assert self._receive() == "ready"
 
     def seconds(self, steps: int) -> float:
-        """The time of this number of steps."""
+        """The seconds that this number of steps takes."""
         return float(self.ask(steps))
 
     def ask(self, what: int) -> Any:

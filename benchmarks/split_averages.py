@@ -2,15 +2,16 @@
 
     python benchmarks/split_averages.py [--seeds 0 1 2] [--json FILE] [--write docs/which-algorithm.md]
 
-SplitAvg gives the active clients one common cut gradient: row j of it is the mean of their rows j, whatever these rows
-show. Under label skew a client that has two classes learns from rows of ten. Two other averages:
+SplitAvg sends the active clients one common cut gradient. Its row j is the mean over their rows j, whatever these rows
+show. Under label skew, a client with two classes therefore learns from rows of ten classes. The benchmark tries two
+other averages:
 
-    by class   a row gets the mean gradient of all rows of its class: one for each class goes down
-    similar    row j gets the mean of the rows j of clients with similar shares of classes: one for each group
+    by class   a row gets the mean gradient of all rows of its class, so one gradient per class is sent
+    similar    row j gets the mean over the rows j of clients with similar shares of classes
 
-All have phi 1. They are compared with PSL and with SplitAvg, each with and without adjusted logits for the clients.
-Model, data, rates and seeds are those of `cutlayer reproduce skew --size reduced`: the learning rate of each way is the
-one of three with the best validation accuracy on a seed of its own, with two shards.
+All use phi 1. They are compared with PSL and with SplitAvg, each with and without adjusted logits for the clients.
+Model, data, rates and seeds are those of `cutlayer reproduce skew --size reduced`. The learning rate of each way is the
+one of three with the best validation accuracy on a separate seed, with two shards.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How much of the package runs in one training step: distinct executed lines, and the files they are in.
+"""How much of the package runs in one training step: the distinct executed lines, and their files.
 
     python benchmarks/step_lines.py                        # all engines, a table
-    python benchmarks/step_lines.py --engine local --files # one of them, file by file
+    python benchmarks/step_lines.py --engine local --files # one engine, file by file
     python benchmarks/step_lines.py --engine local --functions
 
-It trains SGLR on a small network and watches the second step, so that set-up, first uses and evaluation do not count.
-With the engine `remote`, clients dial in over gRPC from a thread of this process, and the lines of both sides count;
-a few of them depend on timing.
+It trains SGLR on a small network and watches the second step, so set-up, first uses and evaluation do not count. With
+the engine `remote`, clients dial in over gRPC from a thread of this process, and the lines of both sides count. A few
+of them depend on timing.
 """
 
 from __future__ import annotations

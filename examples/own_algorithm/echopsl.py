@@ -44,9 +44,9 @@ class EchoPsl(Algorithm):
     """Parallel split learning with a server that keeps rows."""
 
     memory: int = option(4, ge=1, shared=False)
-    """Steps of the round whose rows are kept, the last one among them."""
+    """The number of steps of the round whose rows are kept, including the last one."""
     echoes: int = option(1, ge=0, shared=False, planned=True)
-    """Further steps of the server after each step, on as many rows."""
+    """Further steps of the server after each step, on equally many rows."""
 
     def round(self, server: Server, clients: Cohort, this: Round) -> Iterator[Step]:
         """One round (a local epoch) of EchoPSL. Kept rows are discarded at its end."""

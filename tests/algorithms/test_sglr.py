@@ -56,7 +56,7 @@ def test_own_gradients_are_of_the_own_mean_loss() -> None:
         # Sum of the concatenated loss's slices: 6 + 1, 12 + 2, 3. The scale option has no effect.
         ({"average_reduce": "sum"}, [7.0, 14.0, 3.0]),
         ({"average_reduce": "sum", "gradient_scale": "union"}, [7.0, 14.0, 3.0]),
-        # All rows of both clients: (18 + 36 + 2 + 4 + 6) / 5.
+        # Mean over all rows of both clients: (18 + 36 + 2 + 4 + 6) / 5.
         ({"average_over": "clients-and-rows"}, [13.2]),
         # Sum over clients, mean over the three rows: (7 + 14 + 3) / 3.
         ({"average_over": "clients-and-rows", "average_reduce": "sum"}, [8.0]),

@@ -82,7 +82,7 @@ def test_no_key_for_what_it_cannot_hold(unknown: nn.Module) -> None:
 
 
 def test_a_cut_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repeated cut gives the parts of the new model. Another cut or a class of one's own needs a new proof."""
+    """A repeated cut gives the parts of the new model. Another cut, or a user's own class, needs a new proof."""
     proofs: list[int] = []
     prove = CUT.prove
     monkeypatch.setattr(CUT, "_MOULDS", Established())

@@ -633,7 +633,7 @@ def test_the_report_of_attacks(tmp_path: Path) -> None:
     for cell in cells.values():
         for seed in study.size.seeds:
             folder = pretend(tmp_path, cell, seed, 80 + seed)
-            found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # longer training leaves less to explain
+            found = [_found(0.6, 0.9), _found(0.8, 0.7)]  # the attacker explains less after longer training
             if cell.config.algorithm == "sglr":
                 found[1] = _found(0.7, 0.8)  # as the others at that accuracy
             if cell.config.specific.get("gaussian_noise"):
