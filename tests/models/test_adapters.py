@@ -192,7 +192,7 @@ def test_ranks_on_other_machines(base: str, tmp_path: Path, masked: bool) -> Non
             assert exported_ranks(base, tmp_path / f"peft-{k}", trained.model(k)) == {(0, rank), (1, 3)}
 
 
-@pytest.mark.parametrize("accumulate", [2, 3])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_gradients_of_adapters_accumulate_on_every_engine(base: str, accumulate: int) -> None:
     data, more = rows(12), {"validation": 0, "accumulate": accumulate, "client_optimizer": "adam"}
     local, stacked = (Run(data=data, **options(base, "sfl", engine=e, **more)) for e in ("local", "stacked"))
