@@ -19,6 +19,7 @@ author = copyright = "The Cutlayer authors"
 version = release = cutlayer.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+highlight_language = "none"  # a block without a language is plain text
 nb_execution_mode = "force"  # the tutorials are notebooks: each is run anew, in a folder that is then gone
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
