@@ -132,13 +132,7 @@ class World:
         from torch import distributed
 
         self.sent += 2 * (self.size - 1) / self.size * flat.nbytes
-        wait = self._begun(partial(distributed.all_reduce, flat), flat)
-
-        def total() -> Tensor:
-            wait()
-            return flat
-
-        return total
+        return self._begun(partial(distributed.all_reduce, flat), flat, flat)
 
     @property
     def total_of(self) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -278,27 +272,21 @@ class World:
         found = [torch.empty_like(own) for _ in range(self.size)]
         if not own.numel():
             return lambda: found
-        wait = self._begun(partial(distributed.all_gather, found, own.contiguous()), own)
-
-        def all_of_them() -> list[Tensor]:
-            wait()
-            return found
-
-        return all_of_them
+        return self._begun(partial(distributed.all_gather, found, own.contiguous()), own, found)
 
     def _done(self, operation: Callable[..., Work], tensor: Tensor) -> None:
         """Do a collective operation on the tensor. Raises LostRankError if it fails."""
-        self._begun(operation, tensor)()
+        self._begun(operation, tensor, None)()
 
-    def _begun(self, operation: Callable[..., Work], tensor: Tensor) -> Callable[[], None]:
+    def _begun(self, operation: Callable[..., Work], tensor: Tensor, found: T) -> Callable[[], T]:
         """Begin a collective operation on the tensor. The returned function waits for its end, with signs of life if
-        that takes long. Both raise LostRankError if it fails.
+        that takes long, and returns `found`. Both raise LostRankError if it fails.
         """
         with self._heard():
             work = operation(async_op=True)
-        return partial(self._ended, work, tensor)
+        return partial(self._ended, work, tensor, found)
 
-    def _ended(self, work: Work, tensor: Tensor) -> None:
+    def _ended(self, work: Work, tensor: Tensor, found: T) -> T:
         began = time.monotonic()
         try:
             if self._signs is None or tensor.is_cuda:  # NCCL itself ends what takes too long
@@ -309,6 +297,7 @@ class World:
             if self._signs is not None and time.monotonic() - began > self._signs.limit - self._signs.pause:
                 self._hangs(self._signs.silent(), self._signs.limit, error)
             self._lost(error)
+        return found
 
     @contextmanager
     def _heard(self) -> Iterator[None]:

@@ -201,8 +201,8 @@ class SpreadCohort(CohortAround):
         self._buffers = any(True for part in parts for _ in part.buffers())
         self._trains = any(p.requires_grad for part in parts for p in part.parameters())
         self._alike = self._whole.alike
-        own = [inner.footprint(k) for k in self._mine] if self._whole.ranks else []
-        self._footprints = [size for part in self._world.gathered(own) for size in part]
+        sizes = self._world.gathered([inner.footprint(k) for k in self._mine]) if self._whole.ranks else []
+        self._footprints = [size for part in sizes for size in part]
         self._samples = [len(rows) for rows in self._whole.rows]
         self._masses = [mass for part in self._world.gathered(list(engine.masses)) for mass in part]
         self._counts = np.array(self._samples, np.int64)
